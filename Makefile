@@ -1,0 +1,37 @@
+# make experiments   set up, run the MNIST notebook from top to bottom, print its table
+# make test          set up, lint, run the tests
+# make lab           open the notebooks in Jupyter
+#
+# DATA_ROOT (default data/) is where data sets are looked for and downloaded to; EPOCHS=1 gives a quick run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export DATA_ROOT ?= data
+export EPOCHS ?= 20
+
+.PHONY: experiments test lab clean
+
+experiments: $(VENV)/.installed
+	$(BIN)/python scripts/run_notebook.py Experiments_MNIST.ipynb runs/mnist
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest
+
+lab: $(VENV)/.installed
+	$(BIN)/jupyter lab
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache

