@@ -236,7 +236,7 @@ def load_mnist(root="data", train=True, download=True):
         print(f"MNIST: all {len(dataset):,} {part} images.")
     except (RuntimeError, OSError) as error:
         dataset = _BundledMNIST(train)
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].rstrip(".:")
         where = f"no copy in {root!r}" + (f" and none could be downloaded ({reason})" if download else "")
         print(f"MNIST: the {len(dataset):,} bundled {part} images, since there is {where}.")
     return dataset

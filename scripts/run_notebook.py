@@ -31,7 +31,7 @@ def main(notebook_path, run_dir):
     os.environ["RUN_DIR"] = str(run_dir)
     os.environ["TQDM_DISABLE"] = "1"  # lines instead of bars, which would stay in the notebook as noise
     notebook = nbformat.read(notebook_path, as_version=4)
-    client = EchoingClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": "."}})
+    client = EchoingClient(notebook, timeout=None, kernel_name="python3", extra_arguments=["--log-level=ERROR"])
     try:
         client.execute()
     except CellExecutionError as error:
