@@ -33,13 +33,18 @@ def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=
     if ax is None:
         ax = plt.figure(figsize=(7, 6), layout="constrained").add_subplot()
     classes = np.unique(labels)
+    size = float(np.clip(20000 / len(embeddings), 3, 12))  # small points for many, visible ones for few
     colours = plt.get_cmap("tab10" if len(classes) <= 10 else "nipy_spectral", len(classes))
     for number, label in enumerate(classes):
         name = label if class_names is None else class_names[number]
         x, y = embeddings[labels == label].T
-        ax.scatter(x, y, s=4, alpha=0.5, linewidths=0, color=colours(number), label=str(name), rasterized=True)
-    ax.set(xlim=xlim, ylim=ylim, title=title)
-    legend = ax.legend(markerscale=4, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        ax.scatter(x, y, s=size, alpha=0.6, linewidths=0, color=colours(number), label=str(name), rasterized=True)
+    if xlim is not None:
+        ax.set_xlim(xlim)
+    if ylim is not None:
+        ax.set_ylim(ylim)
+    ax.set_title(title)
+    legend = ax.legend(markerscale=3, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for handle in legend.legend_handles:
         handle.set_alpha(1)
     return ax
