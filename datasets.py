@@ -9,6 +9,7 @@ dataset is indexed by a list, and a loader gets whole batches without a loop ove
 """
 
 import contextlib
+import http.client
 import io
 
 import numpy as np
@@ -195,10 +196,10 @@ class InMemoryDataset(Dataset):
                 raise ValueError(f"expected one shape, got {shapes}: give the dataset a transform that resizes")
             self.data[i] = x
             labels.append(label)
-        targets = torch.as_tensor(np.asarray(labels)).reshape(-1)
-        if targets.is_floating_point() or len(targets) != len(labels):
+        labels = np.asarray(labels)
+        if labels.dtype.kind not in "biu" or labels.size != len(labels):
             raise ValueError(f"expected one whole number as label of each sample, got {labels[0]!r}")
-        self.targets = targets.to(device, torch.int64)
+        self.targets = torch.as_tensor(labels.reshape(-1).astype(np.int64), device=device)
         self.data = self.data.to(device)
         self.train = _is_training(dataset)
 
@@ -234,9 +235,9 @@ def load_mnist(root="data", train=True, download=True):
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision reports every mirror that fails
             dataset = MNIST(root, train=train, transform=transform, download=download)
         print(f"MNIST: all {len(dataset):,} {part} images.")
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError, http.client.HTTPException) as error:
         dataset = _BundledMNIST(train)
-        reason = str(error).splitlines()[0].rstrip(".:")
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
         where = f"no copy in {root!r}" + (f" and none could be downloaded ({reason})" if download else "")
         print(f"MNIST: the {len(dataset):,} bundled {part} images, since there is {where}.")
     return dataset
@@ -303,7 +304,8 @@ class _Draws:
 
     A loader's workers each have a generator of their own, seeded by their number: with those, the draws would depend on
     how many workers there are. So in a worker an index draws from the loader's seed, the index, and how often it was
-    drawn under that seed. The count is shared between workers: persistent ones keep their seed from epoch to epoch.
+    drawn under that seed. The count is shared between workers, since persistent ones keep their seed from epoch to
+    epoch; another seed starts it anew, so that an epoch is determined by its seed.
     """
 
     def __init__(self, n, width):

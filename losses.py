@@ -52,7 +52,7 @@ class ContrastiveLoss(nn.Module):
         if target is None:
             raise TypeError(f"{remedy}; got no target")
         _check_same_shape(remedy, x1, x2)
-        if target.numel() != len(x1):
+        if target.shape not in ((len(x1),), (len(x1), 1)):
             raise ValueError(f"{remedy}; got {len(x1)} pairs and a target of shape {tuple(target.shape)}")
         distances = _distances(x1, x2, squared=False)  # (P,)
         target = target.reshape(-1).to(distances.dtype)
@@ -98,7 +98,8 @@ class TripletLoss(nn.Module):
         if negative is None:
             raise TypeError(f"{remedy}; got two arguments")
         _check_same_shape(remedy, anchor, positive, negative)
-        losses = _triplet_losses(anchor, positive, negative, self.margin, self.squared, self.soft_margin)
+        d_ap, d_an = _distances(anchor, positive, self.squared), _distances(anchor, negative, self.squared)  # (T,)
+        losses = _hinge(d_ap, d_an, self.margin, self.soft_margin)
         return losses.mean() if size_average else losses.sum()
 
 
@@ -123,7 +124,10 @@ class OnlineContrastiveLoss(nn.Module):
     def __init__(self, margin, pair_selector):
         super().__init__()
         if not hasattr(pair_selector, "get_pairs"):
-            raise TypeError(f"expected a pair selector, with get_pairs, got {type(pair_selector).__name__}")
+            name = type(pair_selector).__name__
+            raise TypeError(
+                f"expected a pair selector, with get_pairs, got {name}; triplet selectors go to OnlineTripletLoss"
+            )
         self.margin = margin
         self.pair_selector = pair_selector
 
@@ -146,8 +150,8 @@ class OnlineContrastiveLoss(nn.Module):
         positive_pairs, negative_pairs = (indices.to(embeddings.device) for indices in pairs)
         if len(positive_pairs) + len(negative_pairs) == 0:
             return _zero_with_graph(embeddings)
-        positive_losses = _distances(*_gather(embeddings, positive_pairs))  # (P,)
-        negative_distances = _distances(*_gather(embeddings, negative_pairs), squared=False)
+        positive_losses = _distances_of(embeddings, *positive_pairs.unbind(dim=1))  # (P,)
+        negative_distances = _distances_of(embeddings, *negative_pairs.unbind(dim=1), squared=False)
         return torch.cat((positive_losses, F.relu(self.margin - negative_distances).square())).mean()
 
 
@@ -175,7 +179,9 @@ class OnlineTripletLoss(nn.Module):
     def __init__(self, margin, triplet_selector, *, squared=True, soft_margin=False):
         super().__init__()
         if not hasattr(triplet_selector, "get_triplets"):
-            raise TypeError(f"expected a triplet selector, with get_triplets, got {type(triplet_selector).__name__}")
+            name = type(triplet_selector).__name__
+            remedy = "pair selectors go to OnlineContrastiveLoss"
+            raise TypeError(f"expected a triplet selector, with get_triplets, got {name}; {remedy}")
         for name, value in (("margin", margin), ("squared", squared)):
             selector_value = getattr(triplet_selector, name, value)
             if selector_value != value:
@@ -206,14 +212,145 @@ class OnlineTripletLoss(nn.Module):
         triplets = self.triplet_selector.get_triplets(embeddings, target).to(embeddings.device)  # (T, 3)
         if len(triplets) == 0:
             return _zero_with_graph(embeddings), torch.zeros((), dtype=torch.int64, device=embeddings.device)
-        triplets = _gather(embeddings, triplets)  # anchor, positive, negative (T, D)
-        losses = _triplet_losses(*triplets, self.margin, self.squared, self.soft_margin)
+        anchor, positive, negative = triplets.unbind(dim=1)  # (T,) each
+        rows, columns = anchor.repeat(2), torch.cat((positive, negative))  # (2 T,)
+        distances = _distances_of(embeddings, rows, columns, self.squared)
+        losses = _hinge(*distances.chunk(2), self.margin, self.soft_margin)  # (T,)
         return losses.mean(), (losses > 0).sum()
 
 
-def _triplet_losses(anchor, positive, negative, margin, squared, soft_margin):
+class BatchAllTripletLoss(nn.Module):
+    """Triplet loss of all valid triplets of a batch, exact, without forming one (Hermans et al. 2017, "batch all").
+
+    relu(d_ap^2 - d_an^2 + margin), summed over every anchor, positive and negative, divided by the number of these
+    triplets or of the active ones, whose loss is above zero. O(B^2 log K) time for K samples a class, O(B^2) memory.
+
+    An active triplet adds d_ap - d_an + margin. So with W_ij, how many active triplets hold distance d_ij as
+    anchor-positive less how many hold it as anchor-negative, the sum is sum_ij W_ij d_ij + margin * count; and W, whole
+    numbers, is constant wherever the gradient exists. Only W is needed, and each row of it takes one sort of an
+    anchor's positives and a search for each negative.
+
+    Args:
+        margin: compared with squared distances, or with plain ones where `squared` is False.
+        squared: squared Euclidean distances; False for plain ones, as Hermans et al. advise.
+        both_directions: take each same-class pair as anchor and positive both ways; False for i < j only, i the anchor,
+            which with average="all" is `OnlineTripletLoss(margin, AllTripletSelector())`.
+        average: "active", over the active triplets, or "all", over all valid ones.
+
+    >>> embeddings, labels = torch.tensor([[0.0], [2.0], [1.0]]), torch.tensor([0, 0, 1])
+    >>> BatchAllTripletLoss(margin=1.0)(embeddings, labels)  # anchors 0 and 1: 4 - 1 + 1 each
+    (tensor(4.), tensor(2))
+    """
+
+    def __init__(self, margin, *, squared=True, both_directions=True, average="active"):
+        super().__init__()
+        if average not in ("active", "all"):
+            raise ValueError(f'expected average="active" or "all", got {average!r}')
+        self.margin = margin
+        self.squared = squared
+        self.both_directions = both_directions
+        self.average = average
+
+    def forward(self, embeddings, target=None, *unexpected):
+        """Compute the loss.
+
+        Args:
+            embeddings: (B, D), any floating dtype and device.
+            target: class labels (B,).
+
+        Returns:
+            `(loss, count)`: scalar tensor, float32 at least, and 0-dim int64 tensor, the number of active triplets.
+            Where there is none the loss is a zero that still has a graph. No value is read, so a GPU does not wait.
+
+        Raises:
+            ValueError, TypeError: for other shapes or arguments.
+        """
+        offline = "for the outputs of TripletNet use TripletLoss"
+        _check_online("BatchAllTripletLoss", offline, embeddings, target, unexpected)
+        labels, order = torch.as_tensor(target, device=embeddings.device).reshape(-1).sort()
+        distances = _AllDistances.apply(embeddings.index_select(0, order), self.squared)  # (B, B)
+        with torch.no_grad():
+            weights, n_active, n_valid = _active_counts(distances, labels, order, self.margin, self.both_directions)
+        sum_of_distances = (weights * distances).sum(dim=1).to(_wide(embeddings)).sum()
+        total = sum_of_distances + self.margin * n_active.to(sum_of_distances.dtype)
+        n_averaged = n_active if self.average == "active" else n_valid
+        return (total / n_averaged.clamp(min=1)).to(distances.dtype), n_active
+
+
+class _AllDistances(torch.autograd.Function):
+    """Distances (B, B) of all rows, in float32 at least, the Gram matrix in float64 as in `pdist` of utils.py.
+
+    Backward, weights W on squared distances give 2 (diag(S 1) - S) X with S = W + W^T: a graph Laplacian, two products,
+    and none of the (B, B) tensors that autograd would keep.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, squared):
+        x = embeddings.to(_wide(embeddings))  # (B, D)
+        distances = _squared_distances(x).to(torch.promote_types(embeddings.dtype, torch.float32))  # (B, B)
+        if not squared:
+            distances = distances.sqrt_()
+        # Backward, products in float32 are exact enough and twice as fast on a CPU; a GPU could make TF32 of them.
+        x = (x - x.mean(dim=0)).to(distances.dtype if x.device.type == "cpu" else x.dtype)
+        ctx.save_for_backward(x, None if squared else distances)
+        ctx.dtype = embeddings.dtype
+        return distances
+
+    @staticmethod
+    def backward(ctx, weights):
+        x, distances = ctx.saved_tensors
+        if distances is not None:  # the derivative of the square root, 0 at coincident points
+            weights = torch.where(distances > 0, weights / (2 * distances), 0)
+        weights = weights.to(x.dtype)
+        degrees = weights.sum(dim=0) + weights.sum(dim=1)  # (B,)
+        return (2 * (degrees[:, None] * x - weights @ x - weights.T @ x)).to(ctx.dtype), None
+
+
+def _active_counts(distances, labels, order, margin, both_directions):
+    """Weights W (B, B) of the distances, and the numbers of active and of valid triplets; labels (B,) ascending.
+
+    A negative at distance d is active with the positives whose threshold d_ap + margin is above d. With an anchor's
+    thresholds sorted, these are the ones behind d's place among them.
+    """
+    B, device = len(labels), labels.device
+    start, stop = torch.searchsorted(labels, labels), torch.searchsorted(labels, labels, right=True)  # (B,)
+    # A row of thresholds holds one class. Reading K would make a GPU wait and break a compiled graph: there it holds B.
+    K = int((stop - start).max()) if B and device.type == "cpu" and not torch.compiler.is_compiling() else B
+    column = start[:, None] + torch.arange(K, device=device)  # (B, K)
+    is_positive = (column < stop[:, None]) & (column != torch.arange(B, device=device)[:, None])
+    column = column.clamp(max=B - 1)
+    if not both_directions:
+        is_positive &= order[column] > order[:, None]
+    is_negative = labels[:, None] != labels  # (B, B)
+
+    thresholds = torch.where(is_positive, distances.gather(1, column) + margin, -torch.inf)  # (B, K)
+    thresholds, rank = thresholds.sort(dim=1)
+    place = torch.searchsorted(thresholds, distances, right=True)  # (B, B), thresholds not above d
+    n_at_place = distances.new_zeros(B, K + 1).scatter_add_(1, place, is_negative.to(distances.dtype))
+    n_negatives = torch.empty_like(thresholds).scatter_(1, rank, n_at_place.cumsum(dim=1)[:, :K])  # (B, K)
+    weights = place.sub_(K).mul_(is_negative).to(distances.dtype).scatter_add_(1, column, n_negatives)
+
+    n_active = n_negatives.long().sum()
+    n_valid = (is_positive.sum(dim=1) * is_negative.sum(dim=1)).sum()
+    return weights, n_active, n_valid
+
+
+def _wide(embeddings):
+    """The widest dtype of the embeddings' device."""
+    return torch.float32 if embeddings.device.type == "mps" else torch.float64
+
+
+def _squared_distances(x):
+    """Squared distances (B, B) of the rows of a float64 matrix (B, D)."""
+    x = x - x.mean(dim=0)
+    rounding = 2 * torch.finfo(x.dtype).eps * (2 + x.shape[1] ** 0.5)  # so much too short that equal rows clamp to 0
+    norms = x.square().sum(dim=1) * (1 - rounding)  # (B,)
+    return torch.addmm(norms[None], x, x.T, alpha=-2).add_(norms[:, None]).clamp_(min=0).fill_diagonal_(0)
+
+
+def _hinge(d_ap, d_an, margin, soft_margin):
     """One loss for each triplet, (T,)."""
-    violation = _distances(anchor, positive, squared) - _distances(anchor, negative, squared) + margin
+    violation = d_ap - d_an + margin
     return F.softplus(violation) if soft_margin else F.relu(violation)
 
 
@@ -224,14 +361,23 @@ def _distances(x, y, squared=True):
     return difference.square().sum(dim=1) if squared else torch.linalg.vector_norm(difference, dim=1)
 
 
-def _gather(embeddings, indices):
-    """The rows of embeddings (B, D) for each column of indices (T, n): n tensors (T, D)."""
-    return [embeddings.index_select(0, column) for column in indices.unbind(dim=1)]
+def _distances_of(embeddings, rows, columns, squared=True):
+    """Distances of embeddings (B, D) at index pairs, (P,), (P,): gathered, or for many pairs looked up among all B^2.
+
+    A gathered pair costs D numbers both ways; measured, all B^2 distances are cheaper from about B^2 / 8 pairs on.
+    """
+    if 8 * len(rows) < len(embeddings) ** 2:
+        embeddings = embeddings.to(
+            torch.promote_types(embeddings.dtype, torch.float32)
+        )  # so that gradients add up in it
+        return _distances(embeddings.index_select(0, rows), embeddings.index_select(0, columns), squared)
+    distances = _AllDistances.apply(embeddings, squared)  # (B, B)
+    return distances.flatten().index_select(0, rows * len(embeddings) + columns)
 
 
 def _zero_with_graph(embeddings):
-    """A zero to call backward on; NaN where the embeddings are not finite, so that they are never taken for a zero."""
-    return (embeddings * 0).sum().to(torch.promote_types(embeddings.dtype, torch.float32))
+    """A zero to call backward on; NaN where embeddings or their squares are not finite, so that none goes unseen."""
+    return (embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)).square() * 0).sum()
 
 
 def _check_same_shape(remedy, *embeddings):
@@ -245,6 +391,6 @@ def _check_online(name, offline, embeddings, target, unexpected):
     if target is None or unexpected or not torch.is_tensor(embeddings):
         given = 1 + (target is not None) + len(unexpected)
         raise TypeError(f"{remedy}; got {given} argument(s), the first a {type(embeddings).__name__}")
-    shape = tuple(getattr(target, "shape", (len(target),)))
-    if embeddings.dim() != 2 or len(shape) not in (1, 2) or shape != (len(embeddings),) + (1,) * (len(shape) - 1):
+    shape, B = tuple(torch.as_tensor(target).shape), len(embeddings)
+    if embeddings.dim() != 2 or shape not in ((B,), (B, 1)):
         raise ValueError(f"{remedy}; got shapes {tuple(embeddings.shape)} and {shape}")

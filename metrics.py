@@ -51,10 +51,15 @@ class AccumulatedAccuracyMetric(Metric):
 
     def __call__(self, outputs, target, loss):
         """Take in a batch: `outputs[0]` scores (B, C), `target[0]` labels (B,); anything else is a ValueError."""
-        if target is None or len(outputs) != 1 or outputs[0].dim() != 2 or target[0].numel() != len(outputs[0]):
-            shapes = [tuple(x.shape) for x in outputs]
-            raise ValueError(f"Accuracy needs one output (B, C) and labels (B,), got outputs {shapes}, target {target}")
-        labels = target[0].reshape(-1)
+        labels = None if target is None else target[0]
+        n_labels = labels.numel() if hasattr(labels, "numel") else None
+        if len(outputs) != 1 or outputs[0].dim() != 2 or n_labels != len(outputs[0]):
+            shapes = ", ".join(str(tuple(x.shape)) for x in outputs)
+            given = tuple(labels.shape) if hasattr(labels, "shape") else type(labels).__name__
+            raise ValueError(f"Accuracy needs one output (B, C) and labels (B,), got {shapes} and labels {given}")
+        if n_labels == 0:
+            return
+        labels = labels.reshape(-1)
         self.correct += (outputs[0].argmax(dim=1) == labels).sum()
         self.largest_label = labels.max().clamp(min=self.largest_label)
         self.n_classes = outputs[0].shape[1]

@@ -6,6 +6,8 @@ Every class has `get_embedding(x)`, the embeddings (B, D) of a batch. The wrappe
     anchor, positive, negative = model(x_anchor, x_positive, x_negative)
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -162,7 +164,7 @@ class TripletNet(nn.Module):
 
 
 class _ConvPReLUPool(nn.Sequential):
-    """Convolution, PReLU and max pool, repeated; computes the pool before the PReLU where that is the same function.
+    """nn.Sequential that computes a max pool before the PReLU ahead of it, where that is the same function.
 
     PReLU with a slope above 0 is increasing, so it commutes with the maximum, and after the pool it has a quarter of
     the values to go through: that saves a third of the network's time on a CPU, where both are bound by memory. With a
@@ -172,11 +174,13 @@ class _ConvPReLUPool(nn.Sequential):
 
     def forward(self, x):
         layers = list(self)
-        for conv, prelu, pool in zip(layers[0::3], layers[1::3], layers[2::3]):
-            x = conv(x)
-            can_read_slope = x.device.type == "cpu" and not torch.compiler.is_compiling()
-            is_increasing = can_read_slope and bool((prelu.weight > 0).all())
-            x = prelu(pool(x)) if is_increasing else pool(prelu(x))
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            for i, (prelu, pool) in enumerate(itertools.pairwise(self)):
+                is_pair = isinstance(prelu, nn.PReLU) and isinstance(pool, nn.MaxPool2d)
+                if is_pair and bool((prelu.weight > 0).all()):
+                    layers[i : i + 2] = pool, prelu
+        for layer in layers:
+            x = layer(x)
         return x
 
 

@@ -5,6 +5,7 @@ It is handed loaders of `(data, target)`, a model, a loss, an optimiser, a sched
     history = fit(train_loader, val_loader, model, loss_fn, optimizer, scheduler, 20, cuda=False, log_interval=50)
 """
 
+import contextlib
 import os
 import time
 import warnings
@@ -63,8 +64,8 @@ def fit(
             step, so the weights are those of the batch before; on a GPU losses are read every `log_interval` batches.
     """
     _bring_forward(scheduler, start_epoch)
-    history, was_training = [], model.training
-    try:
+    history = []
+    with _keep_modes(model):
         for epoch in range(start_epoch, n_epochs):
             began = time.perf_counter()
             row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
@@ -87,8 +88,6 @@ def fit(
             row["seconds"] = time.perf_counter() - began
             history.append(row)
             tqdm.write(_summary(title, row))
-    finally:
-        model.train(was_training)
     return history
 
 
@@ -109,12 +108,9 @@ def test_epoch(val_loader, model, loss_fn, cuda, metrics, *, title="Validation")
     Returns:
         `(loss, metrics)`: the average loss as a float, and the metrics, whose `value()` is that of the pass.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with _keep_modes(model):
+        model.eval()
         return _run_epoch(val_loader, model, loss_fn, cuda, metrics, title)
-    finally:
-        model.train(was_training)
 
 
 test_epoch.__test__ = False  # a function of the library, for all that pytest sees in its name
@@ -139,17 +135,14 @@ def extract_embeddings(loader, model, device=None):
         device = next((parameter.device for parameter in model.parameters()), None)
     embed = getattr(model, "get_embedding", model)
     embeddings, labels = [], []
-    was_training = model.training
-    model.eval()
-    try:
+    with _keep_modes(model):
+        model.eval()
         for batch in loader:
             data, target = _data_and_target(batch)
             if not (torch.is_tensor(data) and torch.is_tensor(target)):
                 raise ValueError("expected batches (x, label), not pairs or triplets: give the dataset as it was")
             embeddings.append(embed(data.to(device) if device is not None else data).cpu())
             labels.append(target.cpu())
-    finally:
-        model.train(was_training)
     if not embeddings:
         raise ValueError("the loader is empty: it gave no batch")
     return torch.cat(embeddings), torch.cat(labels)
@@ -170,7 +163,7 @@ def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, 
             data, target = _move(_data_and_target(batch), device)
             outputs, target, loss_outputs = _forward(model, loss_fn, data, target)
             loss = loss_outputs[0] if isinstance(loss_outputs, (tuple, list)) else loss_outputs
-            losses.append(loss.detach())
+            losses.append(loss.detach().reshape(()))
             weights.append(_weight(loss_outputs, data))
 
             is_logged = bool(log_interval) and batch_number % log_interval == 0
@@ -190,6 +183,17 @@ def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, 
         raise ValueError(f"{title}: the loader is empty, it gave no batch")
     _check_finite(losses[n_checked:], title, n_checked)
     return _average(losses, weights), metrics
+
+
+@contextlib.contextmanager
+def _keep_modes(model):
+    """Give each part of the model back its mode, training or evaluation: a frozen part stays frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _forward(model, loss_fn, data, target):
@@ -218,9 +222,15 @@ def _weight(loss_outputs, data):
         return count.detach().reshape(())
     if isinstance(count, int):
         return torch.tensor(count)
-    while not torch.is_tensor(data):  # the first tensor of a tuple or dict
-        data = next(iter(data.values())) if isinstance(data, dict) else data[0]
-    return torch.tensor(len(data))
+    return torch.tensor(_n_samples(data))
+
+
+def _n_samples(data):
+    """Length of the first tensor of a batch, 1 where it holds none."""
+    if torch.is_tensor(data):
+        return len(data)
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, (tuple, list)) else ()
+    return next((_n_samples(part) for part in parts if torch.is_tensor(part)), 1)
 
 
 def _average(losses, weights):

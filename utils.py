@@ -15,15 +15,16 @@ import torch
 def pdist(vectors):
     """Squared Euclidean distances between all rows.
 
-    The Gram matrix is taken in float64: its rounding stays below the grid of float32 inputs, so neighbours are right
-    far from the origin too, and neither autocast nor TF32 touches it. (Devices without float64 use float32.)
+    The Gram matrix of the centred vectors is taken in float64: its rounding stays below that of float32 inputs, so
+    neighbours are right far from the origin too, and neither autocast nor TF32 touches it. (MPS, which has no float64,
+    uses float32.)
 
     Args:
         vectors: floating-point tensor (B, D), any device. Gradients flow.
 
     Returns:
-        Tensor (B, B) on the same device, float32 (float64 for float64 input), never negative, zero on the diagonal.
-        O(B^2 D) time, O(B^2) memory.
+        Tensor (B, B) on the same device, float32 (float64 for float64 input), never negative, zero on the diagonal and
+        between equal rows; all NaN where any input is not finite. O(B^2 D) time, O(B^2) memory.
 
     >>> pdist(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
     tensor([[ 0., 25.],
@@ -32,10 +33,7 @@ def pdist(vectors):
     if not torch.is_tensor(vectors) or vectors.dim() != 2:
         raise ValueError(f"expected vectors of shape (B, D), got {_describe(vectors)}")
     x = vectors.to(torch.float32 if vectors.device.type == "mps" else torch.float64)
-    norms = x.square().sum(dim=1)  # (B,)
-    distances = torch.addmm(norms[None], x, x.T, alpha=-2) + norms[:, None]  # (B, B)
-    distances = distances.to(torch.promote_types(vectors.dtype, torch.float32)).clamp(min=0)
-    return distances.fill_diagonal_(0)
+    return _squared_distances(x).to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 class PairSelector:
@@ -101,15 +99,14 @@ class HardNegativePairSelector(PairSelector):
 
     @torch.no_grad()
     def get_pairs(self, embeddings, labels):
-        device = embeddings.device
-        embeddings, labels = _check_batch(embeddings, labels, self.cpu)
+        x, labels = _check_batch(embeddings, labels, self.cpu)
         same = labels[:, None] == labels  # (B, B)
         positive_pairs = same.triu(1).nonzero()  # (P, 2)
         negative_pairs = (~same).triu(1).nonzero()
         if len(negative_pairs) > len(positive_pairs):
-            distances = pdist(embeddings)[negative_pairs[:, 0], negative_pairs[:, 1]]
+            distances = pdist(x)[negative_pairs[:, 0], negative_pairs[:, 1]]
             negative_pairs = negative_pairs[distances.topk(len(positive_pairs), largest=False).indices]
-        return positive_pairs.to(device), negative_pairs.to(device)
+        return positive_pairs.to(embeddings.device), negative_pairs.to(embeddings.device)
 
 
 class TripletSelector:
@@ -168,18 +165,17 @@ class BatchHardTripletSelector(TripletSelector):
 
     @torch.no_grad()
     def get_triplets(self, embeddings, labels):
-        device = embeddings.device
-        embeddings, labels = _check_batch(embeddings, labels, self.cpu)
+        x, labels = _check_batch(embeddings, labels, self.cpu)
         if len(labels) == 0:
-            return torch.empty(0, 3, dtype=torch.int64, device=device)
-        distances = pdist(embeddings)  # (B, B)
+            return _no_triplets(embeddings)
+        distances = pdist(x)  # (B, B)
         same = labels[:, None] == labels
-        nearest_negative = distances.masked_fill(same, torch.inf).min(dim=1).indices  # (B,)
-        is_complete = (same.sum(dim=1) > 1) & ~same.all(dim=1)
+        nearest = distances.masked_fill(same, torch.inf).min(dim=1)  # values, indices (B,)
         same.fill_diagonal_(False)
-        farthest_positive = distances.masked_fill(~same, -1).max(dim=1).indices
+        farthest = distances.masked_fill(~same, -1).max(dim=1)
+        is_complete = (nearest.values < torch.inf) & (farthest.values >= 0)
         anchor = torch.arange(len(labels), device=labels.device)
-        return torch.stack((anchor, farthest_positive, nearest_negative), dim=1)[is_complete].to(device)
+        return torch.stack((anchor, farthest.indices, nearest.indices), dim=1)[is_complete].to(embeddings.device)
 
 
 class _NegativePerPairSelector(TripletSelector):
@@ -193,17 +189,16 @@ class _NegativePerPairSelector(TripletSelector):
 
     @torch.no_grad()
     def get_triplets(self, embeddings, labels):
-        device = embeddings.device
-        embeddings, labels = _check_batch(embeddings, labels, self.cpu)
-        distances = pdist(embeddings) if self.squared else pdist(embeddings).sqrt()  # (B, B)
+        x, labels = _check_batch(embeddings, labels, self.cpu)
+        distances = pdist(x) if self.squared else pdist(x).sqrt()  # (B, B)
         same = labels[:, None] == labels
         anchor, positive = _positive_pairs(same, self.both_directions)  # (P,), (P,)
         if len(anchor) == 0:
-            return torch.empty(0, 3, dtype=torch.int64, device=device)
+            return _no_triplets(embeddings)
         positive_distances = distances[anchor, positive]
         distances.masked_fill_(same, torch.inf)
         negative, is_found = self._choose(distances, anchor, positive_distances)
-        return torch.stack((anchor, positive, negative), dim=1)[is_found].to(device)
+        return torch.stack((anchor, positive, negative), dim=1)[is_found].to(embeddings.device)
 
     def _choose(self, distances, anchor, positive_distances):
         """From distances to negatives (B, B), inf elsewhere: the negative and whether there is one, each (P,)."""
@@ -259,7 +254,7 @@ class RandomNegativeTripletSelector(_NegativePerPairSelector):
         device = anchor.device if self.generator is None else self.generator.device
         uniform = torch.rand(len(anchor), generator=self.generator, device=device).to(anchor.device)
         rank = torch.minimum(start + (uniform * (stop - start)).long(), stop - 1).clamp(min=0)
-        return order[anchor, rank], start < stop
+        return order[anchor, rank], (start < stop) & (distances[anchor, rank] < torch.inf)  # NaN is not
 
     def _range(self, sorted_distances, anchor, positive_distances):
         stop = _count_below(sorted_distances, anchor, positive_distances + self.margin)
@@ -285,7 +280,7 @@ class SemihardNegativeTripletSelector(RandomNegativeTripletSelector):
     """
 
     def _range(self, sorted_distances, anchor, positive_distances):
-        start = _count_below(sorted_distances, anchor, positive_distances, or_equal=True)
+        start = _count_below(sorted_distances, anchor, positive_distances, right=True)
         return start, _count_below(sorted_distances, anchor, positive_distances + self.margin)
 
 
@@ -358,6 +353,14 @@ def _draw_index(is_candidate):
     return int(candidates[torch.randint(len(candidates), ())]) if len(candidates) else None
 
 
+def _squared_distances(x):
+    """Squared distances (B, B) of the rows of a float64 matrix (B, D)."""
+    x = x - x.mean(dim=0)
+    rounding = 2 * torch.finfo(x.dtype).eps * (2 + x.shape[1] ** 0.5)  # so much too short that equal rows clamp to 0
+    norms = x.square().sum(dim=1) * (1 - rounding)  # (B,)
+    return torch.addmm(norms[None], x, x.T, alpha=-2).add_(norms[:, None]).clamp_(min=0).fill_diagonal_(0)
+
+
 def _positive_pairs(same, both_directions):
     """Anchor and positive (P,), (P,) of every same-class pair i < j, or i != j."""
     pairs = same.clone().fill_diagonal_(False) if both_directions else same.triu(1)  # (B, B)
@@ -372,18 +375,17 @@ def _sort_rows(distances):
     return distances.sort(dim=1)
 
 
-def _count_below(sorted_rows, row, value, or_equal=False):
-    """How many entries of row `row` are below `value`, for (P,) queries on (B, B): one binary search each.
+def _count_below(sorted_rows, row, value, right=False):
+    """How many entries of each query's row of (B, B) are below its value, or with `right` not above it, (P,)."""
+    first = torch.searchsorted(row, torch.arange(len(sorted_rows), device=row.device))  # (B,), a row's first query
+    column = torch.arange(len(row), device=row.device) - first[row]  # (P,)
+    queries = value.new_zeros(len(sorted_rows), int(column.max()) + 1)  # (B, K)
+    queries[row, column] = value
+    return torch.searchsorted(sorted_rows, queries, right=right)[row, column]
 
-    The bits of a float that is not negative order as its value does, so with the row's number above them all rows are
-    one ascending sequence and `searchsorted` needs no copy of a row for each query.
-    """
-    B = sorted_rows.shape[1]
-    rows = torch.arange(len(sorted_rows), device=row.device)[:, None]
-    keys = (rows << 32) + sorted_rows.float().view(torch.int32)  # (B, B) int64
-    queries = (row << 32) + value.float().view(torch.int32)  # (P,)
-    found = torch.searchsorted(keys.flatten(), queries, right=or_equal) - row * B
-    return found.clamp(min=0, max=B)
+
+def _no_triplets(embeddings):
+    return torch.empty(0, 3, dtype=torch.int64, device=embeddings.device)
 
 
 def _check_batch(embeddings, labels, cpu=False):
@@ -392,10 +394,10 @@ def _check_batch(embeddings, labels, cpu=False):
         raise ValueError(f"expected embeddings of shape (B, D), got {_describe(embeddings)}")
     device = torch.device("cpu") if cpu else embeddings.device
     labels = torch.as_tensor(labels, device=device)
-    if labels.numel() != len(embeddings) or labels.dim() == 0:
-        expected = f"({len(embeddings)},)"
-        raise ValueError(f"expected one label for each embedding, shape {expected}, got {_describe(labels)}")
-    return embeddings.to(device), labels.flatten()
+    B = len(embeddings)
+    if labels.shape not in ((B,), (B, 1)):
+        raise ValueError(f"expected one label for each embedding, shape ({B},), got {_describe(labels)}")
+    return embeddings.to(device), labels.reshape(B)
 
 
 def _describe(value):

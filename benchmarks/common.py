@@ -1,0 +1,105 @@
+"""What the benchmarks share: a trial in a process of its own, timing in turn, tables, and the machine's description."""
+
+import json
+import os
+import platform
+import resource
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
+
+
+def machine():
+    """Where the figures come from."""
+    rows = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), "")
+    return {
+        "processor": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def try_alone(function, seconds=60, memory=12 * GIB):
+    """Call a function once in a forked process.
+
+    Returns:
+        `(status, seconds, peak)`: status "ok", "out of memory", "over 60 s" or "fails: ..."; peak bytes above the base.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        in_use = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_DATA, (in_use + memory, in_use + memory))
+        try:
+            began = time.perf_counter()
+            function()
+            outcome = ["ok", time.perf_counter() - began]
+        except (MemoryError, RuntimeError, torch.OutOfMemoryError) as error:
+            is_memory = isinstance(error, MemoryError) or "alloc" in str(error).lower()
+            outcome = ["out of memory" if is_memory else f"fails: {str(error).splitlines()[0][:60]}", None]
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        os.write(writer, json.dumps([*outcome, peak]).encode())
+        os._exit(0)
+    os.close(writer)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.alarm(seconds + 1)
+    try:
+        with os.fdopen(reader) as pipe:
+            text = pipe.read()
+        os.waitpid(child, 0)
+    finally:
+        signal.alarm(0)
+    status, took, peak = json.loads(text) if text else (f"over {seconds} s", None, None)
+    return (f"over {seconds} s", None, None) if took and took > seconds else (status, took, peak)
+
+
+def time_in_turn(functions, budget=20.0, most=25):
+    """Median seconds of each function, called in turn so that a busy machine slows all alike.
+
+    Args:
+        functions: dict from name to function without arguments.
+        budget: stop after the round in which this many seconds are over; there are three rounds at least.
+        most: rounds at most.
+    """
+    times = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    began = time.perf_counter()
+    for n_rounds in range(1, most + 1):
+        for name, function in functions.items():
+            t = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - t)
+        if n_rounds >= 3 and time.perf_counter() - began > budget:
+            break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def markdown(header, rows):
+    """A Markdown table, first column to the left, the others to the right."""
+    rows = [[str(cell) for cell in row] for row in [header, *rows]]
+    rule = [":--"] + ["--:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
+
+
+def write(name, data):
+    """Write a benchmark's figures with the machine's description to results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), **data}, indent=1) + "\n")
+
+
+def read(name):
+    """The figures of results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
