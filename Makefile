@@ -1,5 +1,6 @@
 # make experiments   set up, run the MNIST notebook from top to bottom, print its table
 # make test          set up, lint, run the tests
+# make benchmark     time selection, its growth and a training epoch; write the tables into the README
 # make lab           open the notebooks in Jupyter
 #
 # DATA_ROOT (default data/) is where data sets are looked for and downloaded to; EPOCHS=1 gives a quick run.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export DATA_ROOT ?= data
 export EPOCHS ?= 20
 
-.PHONY: experiments test lab clean
+.PHONY: experiments test benchmark lab clean
 
 experiments: $(VENV)/.installed
 	$(BIN)/python scripts/run_notebook.py Experiments_MNIST.ipynb runs/mnist
@@ -19,6 +20,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
+
+benchmark: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python benchmarks/selection.py
+	PYTHONPATH=. $(BIN)/python benchmarks/scaling.py
+	PYTHONPATH=. $(BIN)/python benchmarks/epoch.py
+	PYTHONPATH=. $(BIN)/python benchmarks/readme.py
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab

@@ -222,15 +222,15 @@ def _weight(loss_outputs, data):
         return count.detach().reshape(())
     if isinstance(count, int):
         return torch.tensor(count)
-    return torch.tensor(_n_samples(data))
+    return torch.tensor(_n_samples(data) or 1)
 
 
 def _n_samples(data):
-    """Length of the first tensor of a batch, 1 where it holds none."""
+    """Length of the first tensor in a batch's data, 0 where it holds none."""
     if torch.is_tensor(data):
         return len(data)
     parts = data.values() if isinstance(data, dict) else data if isinstance(data, (tuple, list)) else ()
-    return next((_n_samples(part) for part in parts if torch.is_tensor(part)), 1)
+    return next((n for n in map(_n_samples, parts) if n), 0)
 
 
 def _average(losses, weights):

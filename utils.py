@@ -128,6 +128,8 @@ class TripletSelector:
 class AllTripletSelector(TripletSelector):
     """Every same-class pair with every sample of another class: O(B^2 K) triplets, 172,800 for 10 classes of 16.
 
+    For their loss alone take `BatchAllTripletLoss` of losses.py: the same number in O(B^2 log K), without the triplets.
+
     Args:
         both_directions: take each pair (i, j) as anchor and positive both ways; by default only i < j, i the anchor.
 

@@ -157,33 +157,38 @@ def measure(losses, shape):
     for name, function in steps.items():
         status, seconds, peak = try_alone(function)
         entries[name] = {"status": status, "ms": seconds and 1e3 * seconds, "mib": peak and peak / 2**20}
-    # A loop that takes seconds needs no median; its one run alone stands.
-    quick = {name: steps[name] for name, e in entries.items() if e["status"] == "ok" and (e["ms"] < 15e3)}
+    # What takes many seconds needs no median: its one run stands.
+    quick = {name: steps[name] for name, entry in entries.items() if entry["status"] == "ok" and entry["ms"] < 5e3}
     for name, seconds in time_in_turn(quick).items():
         entries[name]["ms"] = 1e3 * seconds
     return entries
 
 
-def entry(cell):
-    return cell["status"] if cell["ms"] is None else f"{cell['ms']:.3g}" if cell["ms"] < 1000 else f"{cell['ms']:,.0f}"
+def cell(entry):
+    """Milliseconds, and the peak memory in MiB; or why there are none."""
+    if entry["ms"] is None:
+        return entry["status"]
+    return (f"{entry['ms']:.3g}" if entry["ms"] < 1000 else f"{entry['ms']:,.0f}") + f" ({entry['mib']:,.0f})"
+
+
+def ratio(entries):
+    """Time of the fastest other library over ours."""
+    peers = [entry["ms"] for name, entry in entries.items() if name.startswith(("PML", "OTL")) and entry["ms"]]
+    return f"{min(peers) / entries['ours']['ms']:.1f}" if peers and entries["ours"]["ms"] else ""
 
 
 def table(results):
-    """One row for each strategy and shape."""
+    """A row for each strategy and contender, a column for each shape."""
     rows = []
     for strategy, shapes in results["strategies"].items():
-        for shape, entries in shapes.items():
-            peers = [e["ms"] for name, e in entries.items() if name.startswith(("PML", "OTL")) and e["ms"]]
-            ours, naive = entries["ours"], next(e for name, e in entries.items() if name in ("loop", "triplets"))
-            ratio = f"{min(peers) / ours['ms']:.1f}" if peers and ours["ms"] else ""
-            cells = [entry(e) for e in (ours, naive)]
-            for peer in ("PML", "OTL"):
-                name = next((n for n in entries if n.startswith(peer)), None)
-                cells.append(entry(entries[name]) + ("\\*" if name.endswith("*") else "") if name else "")
-            memory = f"{ours['mib']:,.0f}" if ours["mib"] is not None else ""
-            rows.append([strategy, shape, *cells, ratio, memory])
-    header = ["strategy", "C x K x D", "ours, ms", "naive", "PML", "OTL", "best peer / ours", "ours, peak MiB"]
-    return markdown(header, rows)
+        columns = list(shapes.values())
+        for name in columns[0]:
+            rows.append([strategy, name.replace("*", "\\*"), *(cell(entries[name]) for entries in columns)])
+            strategy = ""
+        if any(ratio(entries) for entries in columns):
+            rows.append(["", "**best peer / ours**", *(f"**{ratio(entries)}**" for entries in columns)])
+    shapes = next(iter(results["strategies"].values()))
+    return markdown(["strategy", "by", *shapes], rows)
 
 
 def main():
@@ -195,7 +200,7 @@ def main():
             for shape in SHAPES:
                 entries = measure(losses, shape)
                 results["strategies"][strategy]["x".join(map(str, shape))] = entries
-                shown = ", ".join(f"{name} {entry(e)}" for name, e in entries.items())
+                shown = ", ".join(f"{name} {cell(entry)}" for name, entry in entries.items())
                 print(f"{strategy} {shape}: {shown}", file=sys.stderr, flush=True)
         write("selection", results)
     print(table(read("selection")))

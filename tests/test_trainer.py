@@ -355,6 +355,15 @@ def test_inputs_need_not_all_be_tensors_D47(data_type):
     assert test_epoch(loader, Selective(), mean_output, False, [])[0] == pytest.approx(2)
 
 
+def test_inputs_may_be_nested_D47():
+    class Nested(Scale):
+        def forward(self, left, right):
+            return (left["x"] - right[0]) * self.weight
+
+    loader = [(({"x": torch.tensor(x)}, [torch.zeros(len(x))]), []) for x in ([1.0, 1.0, 1.0], [5.0])]
+    assert test_epoch(loader, Nested(), mean_output, False, [])[0] == pytest.approx(2)  # weighed by samples: D45
+
+
 @pytest.mark.parametrize("empty", [[], (), None])
 def test_empty_target_is_left_out(empty):
     metric = Recorder()

@@ -1,0 +1,31 @@
+"""Writes the tables of the last benchmark into README.md, between their markers.
+
+python benchmarks/readme.py
+"""
+
+import re
+from pathlib import Path
+
+import epoch
+import scaling
+import selection
+from common import read
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def with_tables(text):
+    """The text with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by that benchmark's table."""
+    for benchmark in (selection, scaling, epoch):
+        name = benchmark.__name__
+        results = read(name)
+        machine = results["machine"]
+        where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+        source = f"*`make benchmark`, {machine['date']}: {where}, torch {machine['torch']}.*"
+        block = f"<!-- {name} -->\n{benchmark.table(results)}\n\n{source}\n<!-- end -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)  # noqa: B023
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text()))
