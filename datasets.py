@@ -61,7 +61,7 @@ class SiameseDataset(Dataset):
             partner, is_positive = self._draw(indices, uniform[:, 2] < 0.5, uniform)
         else:
             partner, is_positive = (column[indices] for column in self._fixed)
-        if np.ndim(index) == 0:
+        if _is_single(index):
             x1, x2 = self.mnist_dataset[int(indices[0])][0], self.mnist_dataset[int(partner[0])][0]
             return (x1, x2), int(is_positive[0])
         x1, x2 = self.mnist_dataset[indices.tolist()][0], self.mnist_dataset[partner.tolist()][0]
@@ -101,7 +101,7 @@ class TripletDataset(Dataset):
         else:
             positive, negative = (column[indices] for column in self._fixed)
         triplet = (indices, positive, negative)
-        if np.ndim(index) == 0:
+        if _is_single(index):
             return tuple(self.mnist_dataset[int(i[0])][0] for i in triplet), []
         return tuple(self.mnist_dataset[i.tolist()][0] for i in triplet), []
 
@@ -365,14 +365,23 @@ def _labels_of(dataset):
 
 
 def _is_training(dataset):
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
+    if isinstance(dataset, Subset):
+        return _is_training(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return any(_is_training(part) for part in dataset.datasets)
     return bool(getattr(dataset, "train", True))
 
 
+def _is_single(index):
+    return not isinstance(index, slice) and np.ndim(index) == 0
+
+
 def _as_indices(index, n):
-    """An index or a list of them as an array (m,) of numbers from 0 to n - 1; negative ones count from the end."""
+    """An index, a list of them or a slice as an array (m,) of numbers from 0 to n - 1; negative ones from the end."""
+    index = np.arange(n)[index] if isinstance(index, slice) else index
     indices = np.atleast_1d(index.cpu().numpy() if torch.is_tensor(index) else index)
+    if indices.dtype == bool:
+        raise IndexError("expected indices, got a mask: its nonzero places are indices")
     if len(indices) and not (-n <= indices.min() and indices.max() < n):
         raise IndexError(f"index out of range for {n} samples")
     return indices.astype(np.int64) % n

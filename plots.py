@@ -27,13 +27,14 @@ def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=
     Raises:
         ValueError: embeddings that are not 2-D.
     """
+    embeddings, labels = (x.detach().cpu() if hasattr(x, "detach") else x for x in (embeddings, labels))
     embeddings, labels = np.asarray(embeddings), np.asarray(labels)
     if embeddings.ndim != 2 or embeddings.shape[1] != 2:
         raise ValueError(f"expected embeddings of shape (N, 2), got {embeddings.shape}")
     if ax is None:
         ax = plt.figure(figsize=(7, 6), layout="constrained").add_subplot()
     classes = np.unique(labels)
-    size = float(np.clip(20000 / len(embeddings), 3, 12))  # small points for many, visible ones for few
+    size = float(np.clip(20000 / max(1, len(embeddings)), 3, 12))  # small points for many, visible ones for few
     colours = plt.get_cmap("tab10" if len(classes) <= 10 else "nipy_spectral", len(classes))
     for number, label in enumerate(classes):
         name = label if class_names is None else class_names[number]

@@ -278,7 +278,7 @@ def _move(value, device):
 
 
 def _device(cuda):
-    if cuda is False or cuda is None:
+    if not cuda:
         return None
     if cuda is True:
         if not torch.cuda.is_available():

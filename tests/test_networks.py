@@ -196,7 +196,7 @@ def test_l2_rows_are_those_of_the_plain_net_at_norm_one():
 
 def test_l2_trains_D38():
     net = EmbeddingNetL2(embedding_dim=8)
-    x, aim = torch.rand(8, 1, 28, 28), functional.normalize(torch.randn(8, 8), dim=1)
+    x, aim = torch.rand(8, 1, 28, 28), functional.normalize(torch.randn(1, 8), dim=1)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     losses = []
     for _ in range(8):
@@ -207,7 +207,7 @@ def test_l2_trains_D38():
         assert all(p.grad.any() for p in net.parameters())
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -364,6 +364,15 @@ def test_inputs_may_be_nested_D47():
     assert test_epoch(loader, Nested(), mean_output, False, [])[0] == pytest.approx(2)  # weighed by samples: D45
 
 
+def test_inputs_without_a_tensor_count_as_one_D47():
+    class Lookup(Scale):
+        def forward(self, name):
+            return {"low": 1.0, "high": 3.0}[name] * self.weight
+
+    loader = [({"name": "low"}, []), ({"name": "high"}, [])]
+    assert test_epoch(loader, Lookup(), lambda output: output, False, [])[0] == 2.0
+
+
 @pytest.mark.parametrize("empty", [[], (), None])
 def test_empty_target_is_left_out(empty):
     metric = Recorder()
