@@ -287,11 +287,12 @@ class _AllDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embeddings, squared):
         x = embeddings.to(_wide(embeddings))  # (B, D)
+        x = x - x.mean(dim=0)
         distances = _squared_distances(x).to(torch.promote_types(embeddings.dtype, torch.float32))  # (B, B)
         if not squared:
             distances = distances.sqrt_()
         # Backward, products in float32 are exact enough and twice as fast on a CPU; a GPU could make TF32 of them.
-        x = (x - x.mean(dim=0)).to(distances.dtype if x.device.type == "cpu" else x.dtype)
+        x = x.to(distances.dtype if x.device.type == "cpu" else x.dtype)
         ctx.save_for_backward(x, None if squared else distances)
         ctx.dtype = embeddings.dtype
         return distances
@@ -341,8 +342,7 @@ def _wide(embeddings):
 
 
 def _squared_distances(x):
-    """Squared distances (B, B) of the rows of a float64 matrix (B, D)."""
-    x = x - x.mean(dim=0)
+    """Squared distances (B, B) of the rows of a centred float64 matrix (B, D)."""
     rounding = 2 * torch.finfo(x.dtype).eps * (2 + x.shape[1] ** 0.5)  # so much too short that equal rows clamp to 0
     norms = x.square().sum(dim=1) * (1 - rounding)  # (B,)
     return torch.addmm(norms[None], x, x.T, alpha=-2).add_(norms[:, None]).clamp_(min=0).fill_diagonal_(0)

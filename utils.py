@@ -33,7 +33,7 @@ def pdist(vectors):
     if not torch.is_tensor(vectors) or vectors.dim() != 2:
         raise ValueError(f"expected vectors of shape (B, D), got {_describe(vectors)}")
     x = vectors.to(torch.float32 if vectors.device.type == "mps" else torch.float64)
-    return _squared_distances(x).to(torch.promote_types(vectors.dtype, torch.float32))
+    return _squared_distances(x - x.mean(dim=0)).to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 class PairSelector:
@@ -357,8 +357,7 @@ def _draw_index(is_candidate):
 
 
 def _squared_distances(x):
-    """Squared distances (B, B) of the rows of a float64 matrix (B, D)."""
-    x = x - x.mean(dim=0)
+    """Squared distances (B, B) of the rows of a centred float64 matrix (B, D)."""
     rounding = 2 * torch.finfo(x.dtype).eps * (2 + x.shape[1] ** 0.5)  # so much too short that equal rows clamp to 0
     norms = x.square().sum(dim=1) * (1 - rounding)  # (B,)
     return torch.addmm(norms[None], x, x.T, alpha=-2).add_(norms[:, None]).clamp_(min=0).fill_diagonal_(0)
