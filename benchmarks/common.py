@@ -7,6 +7,7 @@ import resource
 import signal
 import statistics
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -36,7 +37,9 @@ def try_alone(function, seconds=60, memory=12 * GIB):
         `(status, seconds, peak)`: status "ok", "out of memory", "over 60 s" or "fails: ..."; peak bytes above the base.
     """
     reader, writer = os.pipe()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: the child starts none of its own
+        child = os.fork()
     if child == 0:
         os.close(reader)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

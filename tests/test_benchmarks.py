@@ -1,0 +1,64 @@
+"""The benchmarks' own tools, and the tables in the README."""
+
+import time
+
+import pytest
+import readme
+import scaling
+import selection
+import torch
+from common import RESULTS, markdown, time_in_turn, try_alone
+
+has_results = pytest.mark.skipif(not (RESULTS / "epoch.json").exists(), reason="no benchmark has been run")
+
+
+@has_results
+def test_readme_carries_the_tables_of_the_results():
+    text = readme.README.read_text()
+    assert readme.with_tables(text) == text
+    assert text.count("make benchmark") >= 3
+
+
+def test_trial_alone_reports_how_it_ended():
+    assert try_alone(lambda: None)[0] == "ok"
+    assert try_alone(lambda: torch.ones(2**28), memory=2**29)[0] == "out of memory"
+    assert try_alone(lambda: time.sleep(5), seconds=1) == ("over 1 s", None, None)
+    assert try_alone(lambda: torch.ones(2) @ torch.ones(3))[0].startswith("fails: ")
+
+
+def test_trial_alone_measures_the_peak_above_the_base():
+    peak = try_alone(lambda: torch.ones(2**26))[2]  # 256 MiB
+    assert 250 * 2**20 < peak < 350 * 2**20
+
+
+def test_timing_in_turn_calls_every_function():
+    calls = []
+    medians = time_in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, budget=0)
+    assert set(medians) == set(calls) == {"a", "b"}
+
+
+def test_exponent_of_a_power_is_its_exponent():
+    assert scaling.exponent([512, 1024, 2048, 4096], [9, 1, 4, 16]) == pytest.approx(2)
+    assert scaling.exponent([1024, 2048], [1, 4]) is None
+
+
+def test_table_shows_what_did_not_finish():
+    done, failed = {"status": "ok", "ms": 2.0, "mib": 30.0}, {"status": "out of memory", "ms": None, "mib": None}
+    results = {"strategies": {"batch-all": {"2x2x2": {"ours": done, "PML": failed, "OTL": {**done, "ms": 9.0}}}}}
+    table = selection.table(results)
+    assert "out of memory" in table
+    assert "**4.5**" in table
+
+
+def test_markdown_table_has_a_row_for_each():
+    assert markdown(["a", "b"], [[1, 2]]) == "| a | b |\n| :-- | --: |\n| 1 | 2 |"
+
+
+@pytest.mark.parametrize("strategy", ["batch-hard", "all pairs", "hard negative pairs"])
+def test_loops_choose_what_the_selectors_choose(strategy):
+    pytest.importorskip("pytorch_metric_learning")
+    embeddings, labels = selection.batch(5, 4, 3)
+    losses = selection.contenders()[strategy]
+    values = [losses[name](embeddings, labels) for name in ("ours", "loop")]
+    values = [value[0] if isinstance(value, tuple) else value for value in values]
+    torch.testing.assert_close(*values)
