@@ -149,19 +149,26 @@ def step(loss_fn, embeddings, labels):
     torch.autograd.grad(loss, embeddings)
 
 
-def measure(losses, shape):
-    """Contender -> {"status", "ms", "mib"} for one strategy and shape."""
+def steps_of(losses, shape):
+    """Contender -> forward and backward on the batch of a shape."""
     embeddings, labels = batch(*shape)
-    steps = {name: functools.partial(step, loss_fn, embeddings, labels) for name, loss_fn in losses.items()}
+    return {name: functools.partial(step, loss_fn, embeddings, labels) for name, loss_fn in losses.items()}
+
+
+def try_each(steps):
+    """Contender -> {"status", "ms", "mib"} of one run alone; from a process that has not computed anything itself."""
     entries = {}
     for name, function in steps.items():
         status, seconds, peak = try_alone(function)
         entries[name] = {"status": status, "ms": seconds and 1e3 * seconds, "mib": peak and peak / 2**20}
-    # What takes many seconds needs no median: its one run stands.
+    return entries
+
+
+def time_each(steps, entries):
+    """Put the median of many runs in turn in place of the first; what takes many seconds keeps that."""
     quick = {name: steps[name] for name, entry in entries.items() if entry["status"] == "ok" and entry["ms"] < 5e3}
     for name, seconds in time_in_turn(quick).items():
         entries[name]["ms"] = 1e3 * seconds
-    return entries
 
 
 def cell(entry):
@@ -191,18 +198,29 @@ def table(results):
     return markdown(["strategy", "by", *shapes], rows)
 
 
+def name_of(shape):
+    return "x".join(map(str, shape))
+
+
+def report(strategy, shape, results):
+    """A line for the terminal, while the table is being made."""
+    entries = results[strategy][name_of(shape)]
+    shown = ", ".join(f"{name} {cell(entry)}" for name, entry in entries.items())
+    print(f"{strategy} {name_of(shape)}: {shown}", file=sys.stderr, flush=True)
+
+
 def main():
     if "--print" not in sys.argv:
         torch.set_num_threads(1)
-        results = {"strategies": {}, "limit_gib": 12, "limit_s": 60}
-        for strategy, losses in contenders().items():
-            results["strategies"][strategy] = {}
-            for shape in SHAPES:
-                entries = measure(losses, shape)
-                results["strategies"][strategy]["x".join(map(str, shape))] = entries
-                shown = ", ".join(f"{name} {cell(entry)}" for name, entry in entries.items())
-                print(f"{strategy} {shape}: {shown}", file=sys.stderr, flush=True)
-        write("selection", results)
+        strategies = contenders()
+        results = {strategy: {} for strategy in strategies}
+        for strategy, shape in itertools.product(strategies, SHAPES):
+            results[strategy][name_of(shape)] = try_each(steps_of(strategies[strategy], shape))
+            report(strategy, shape, results)
+        for strategy, shape in itertools.product(strategies, SHAPES):
+            time_each(steps_of(strategies[strategy], shape), results[strategy][name_of(shape)])
+            report(strategy, shape, results)
+        write("selection", {"strategies": results, "limit_gib": 12, "limit_s": 60})
     print(table(read("selection")))
 
 
