@@ -14,7 +14,7 @@ import io
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, get_worker_info
+from torch.utils.data import BatchSampler, ConcatDataset, Dataset, Subset, get_worker_info
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, as in the original
 
@@ -27,11 +27,13 @@ class SiameseDataset(Dataset):
     in random order, the same in every process and for ever.
 
     Draws in the main process come from torch's own generator. In a loader's workers they depend on the loader's seed
-    and the index alone, so not on how many workers there are. `torch.manual_seed` governs both.
+    and the index alone, so not on how many workers there are, as long as an index comes once an epoch.
+    `torch.manual_seed` governs both.
 
     Args:
         mnist_dataset: any map-style dataset of `(x, label)`, with at least two classes of at least two samples each.
-        train: draw afresh (True) or fix the pairs (False); by default the dataset's own `train`, or True.
+        train: draw afresh (True) or fix the pairs (False); by default the dataset's own `train`, or True. A Subset's is
+            that of its parent: for a validation part of a training set say `train=False`.
 
     Raises:
         ValueError: one class only, or classes with a single sample, which are named.
@@ -114,12 +116,13 @@ SiameseMNIST = SiameseDataset
 TripletMNIST = TripletDataset
 
 
-class BalancedBatchSampler(Sampler):
+class BalancedBatchSampler(BatchSampler):
     """Batches of `n_classes` classes with `n_samples` samples each; give it to a DataLoader as `batch_sampler`.
 
     Classes are dealt like cards: each once before any twice, none twice in a batch; the samples of a class likewise, so
-    that balanced data are seen whole in an epoch. A class with fewer than `n_samples` samples gives some of them more
-    than once. An epoch is `len(labels) // (n_classes * n_samples)` batches. Iterators do not disturb each other.
+    that balanced data are seen whole in an epoch, as far as whole batches go. A class with fewer than `n_samples`
+    samples gives some of them more than once. An epoch is `len(labels) // (n_classes * n_samples)` batches. Iterators
+    do not disturb each other.
 
     Args:
         labels: one for each sample; list, array or tensor, (N,) or (N, 1).
@@ -146,6 +149,8 @@ class BalancedBatchSampler(Sampler):
             raise ValueError(f"a batch of {n_classes} x {n_samples} exceeds the {len(class_of)} samples")
         self.n_classes = n_classes
         self.n_samples = n_samples
+        self.batch_size = n_classes * n_samples
+        self.drop_last = True
         self.generator = generator
         self._samples_of = np.split(np.argsort(class_of, kind="stable"), np.cumsum(np.bincount(class_of))[:-1])
         self._n_batches = len(class_of) // (n_classes * n_samples)
@@ -235,11 +240,11 @@ def load_mnist(root="data", train=True, download=True):
         with contextlib.redirect_stdout(io.StringIO()):  # torchvision reports every mirror that fails
             dataset = MNIST(root, train=train, transform=transform, download=download)
         print(f"MNIST: all {len(dataset):,} {part} images.")
-    except (RuntimeError, OSError, EOFError, http.client.HTTPException) as error:
+    except (RuntimeError, ValueError, OSError, EOFError, http.client.HTTPException) as error:
         dataset = _BundledMNIST(train)
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
-        where = f"no copy in {root!r}" + (f" and none could be downloaded ({reason})" if download else "")
-        print(f"MNIST: the {len(dataset):,} bundled {part} images, since there is {where}.")
+        where = f"no usable copy in {root!r}" + (" and none could be downloaded" if download else "")
+        print(f"MNIST: the {len(dataset):,} bundled {part} images, since there is {where} ({reason}).")
     return dataset
 
 
@@ -305,7 +310,7 @@ class _Draws:
     A loader's workers each have a generator of their own, seeded by their number: with those, the draws would depend on
     how many workers there are. So in a worker an index draws from the loader's seed, the index, and how often it was
     drawn under that seed. The count is shared between workers, since persistent ones keep their seed from epoch to
-    epoch; another seed starts it anew, so that an epoch is determined by its seed.
+    epoch; an epoch of another seed starts it anew.
     """
 
     def __init__(self, n, width):

@@ -151,7 +151,7 @@ class OnlineContrastiveLoss(nn.Module):
         if len(positive_pairs) + len(negative_pairs) == 0:
             return _zero_with_graph(embeddings)
         positive_losses = _distances_of(embeddings, *positive_pairs.unbind(dim=1))  # (P,)
-        negative_distances = _distances_of(embeddings, *negative_pairs.unbind(dim=1), squared=False)
+        negative_distances = _sqrt(_distances_of(embeddings, *negative_pairs.unbind(dim=1)))
         return torch.cat((positive_losses, F.relu(self.margin - negative_distances).square())).mean()
 
 
@@ -223,7 +223,8 @@ class BatchAllTripletLoss(nn.Module):
     """Triplet loss of all valid triplets of a batch, exact, without forming one (Hermans et al. 2017, "batch all").
 
     relu(d_ap^2 - d_an^2 + margin), summed over every anchor, positive and negative, divided by the number of these
-    triplets or of the active ones, whose loss is above zero. O(B^2 log K) time for K samples a class, O(B^2) memory.
+    triplets or of the active ones, whose loss is above zero. O(B^2 log K) time for K samples a class, on a GPU and
+    compiled O(B^2 log B), and O(B^2) memory.
 
     An active triplet adds d_ap - d_an + margin. So with W_ij, how many active triplets hold distance d_ij as
     anchor-positive less how many hold it as anchor-negative, the sum is sum_ij W_ij d_ij + margin * count; and W, whole
@@ -267,7 +268,8 @@ class BatchAllTripletLoss(nn.Module):
         """
         offline = "for the outputs of TripletNet use TripletLoss"
         _check_online("BatchAllTripletLoss", offline, embeddings, target, unexpected)
-        labels, order = torch.as_tensor(target, device=embeddings.device).reshape(-1).sort()
+        labels = torch.as_tensor(target, device=embeddings.device).reshape(-1)
+        labels, order = labels.to(torch.promote_types(labels.dtype, torch.int32)).sort()  # bool has no searchsorted
         distances = _AllDistances.apply(embeddings.index_select(0, order), self.squared)  # (B, B)
         with torch.no_grad():
             weights, n_active, n_valid = _active_counts(distances, labels, order, self.margin, self.both_directions)
@@ -287,24 +289,27 @@ class _AllDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embeddings, squared):
         x = embeddings.to(_wide(embeddings))  # (B, D)
-        x = x - x.mean(dim=0)
-        distances = _squared_distances(x).to(torch.promote_types(embeddings.dtype, torch.float32))  # (B, B)
+        distances = _squared_distances(x - x.mean(dim=0)).to(torch.promote_types(embeddings.dtype, torch.float32))
         if not squared:
             distances = distances.sqrt_()
-        # Backward, products in float32 are exact enough and twice as fast on a CPU; a GPU could make TF32 of them.
-        x = x.to(distances.dtype if x.device.type == "cpu" else x.dtype)
-        ctx.save_for_backward(x, None if squared else distances)
-        ctx.dtype = embeddings.dtype
+        ctx.save_for_backward(embeddings, None if squared else distances)
         return distances
 
     @staticmethod
     def backward(ctx, weights):
-        x, distances = ctx.saved_tensors
-        if distances is not None:  # the derivative of the square root, 0 at coincident points
-            weights = torch.where(distances > 0, weights / (2 * distances), 0)
-        weights = weights.to(x.dtype)
-        degrees = weights.sum(dim=0) + weights.sum(dim=1)  # (B,)
-        return (2 * (degrees[:, None] * x - weights @ x - weights.T @ x)).to(ctx.dtype), None
+        embeddings, distances = ctx.saved_tensors
+        # Products in float32 are twice as fast on a CPU; plain distances weigh near points by 1 / d and need float64,
+        # and on a GPU float32 could be TF32.
+        is_fast = distances is None and weights.device.type == "cpu"
+        dtype, factor = (weights.dtype if is_fast else _wide(weights)), 2
+        if distances is not None:  # W / (2 d), the derivative of the square root, 0 at coincident points
+            weights, factor = weights / distances.masked_fill(distances == 0, torch.inf), 1
+        x = embeddings.to(_wide(embeddings))
+        x, weights = (x - x.mean(dim=0)).to(dtype), weights.to(dtype)
+        x_and_ones = torch.cat((x, x.new_ones(len(x), 1)), dim=1)  # (B, D + 1)
+        with torch.autocast(weights.device.type, enabled=False):
+            sums = weights @ x_and_ones + weights.T @ x_and_ones  # S X and S 1, (B, D + 1)
+        return (factor * (sums[:, -1:] * x - sums[:, :-1])).to(embeddings.dtype), None
 
 
 def _active_counts(distances, labels, order, margin, both_directions):
@@ -373,6 +378,12 @@ def _distances_of(embeddings, rows, columns, squared=True):
         return _distances(embeddings.index_select(0, rows), embeddings.index_select(0, columns), squared)
     distances = _AllDistances.apply(embeddings, squared)  # (B, B)
     return distances.flatten().index_select(0, rows * len(embeddings) + columns)
+
+
+def _sqrt(squared_distances):
+    """Square root whose gradient at 0 is 0, not infinite."""
+    is_zero = squared_distances == 0
+    return squared_distances.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
 
 
 def _zero_with_graph(embeddings):

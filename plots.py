@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
-def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=None, class_names=None):
+def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=None, class_names=None, classes=None):
     """Scatter plot of 2-D embeddings, a colour for each class.
 
     Args:
@@ -19,7 +19,8 @@ def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=
         xlim, ylim: `(low, high)` of the axes.
         ax: matplotlib axes to draw on; a new figure by default.
         title: text above the picture.
-        class_names: text of the legend for each class, in ascending order of the labels; by default the labels.
+        class_names: text of the legend for each class; by default its label.
+        classes: labels in the order of colours and names; by default those that occur, ascending.
 
     Returns:
         The axes.
@@ -33,7 +34,7 @@ def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=
         raise ValueError(f"expected embeddings of shape (N, 2), got {embeddings.shape}")
     if ax is None:
         ax = plt.figure(figsize=(7, 6), layout="constrained").add_subplot()
-    classes = np.unique(labels)
+    classes = np.unique(labels) if classes is None else classes
     size = float(np.clip(20000 / max(1, len(embeddings)), 3, 12))  # small points for many, visible ones for few
     colours = plt.get_cmap("tab10" if len(classes) <= 10 else "nipy_spectral", len(classes))
     for number, label in enumerate(classes):
@@ -64,8 +65,9 @@ def compare_embeddings(sets, *, class_names=None):
     figure, axes = plt.subplots(
         1, len(sets), figsize=(6.5 * len(sets), 5.5), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
+    classes = np.unique(np.concatenate([np.asarray(labels) for _, labels in sets.values()]))
     for ax, (title, (embeddings, labels)) in zip(axes[0], sets.items()):
-        plot_embeddings(embeddings, labels, ax=ax, title=title, class_names=class_names)
+        plot_embeddings(embeddings, labels, ax=ax, title=title, class_names=class_names, classes=classes)
     for ax in axes[0, :-1]:
         ax.get_legend().remove()
     return figure

@@ -33,7 +33,9 @@ def fit(
     A batch is `(data, target)`. Data is a tensor or a tuple, passed to the model as positional arguments, or a dict,
     passed by keyword. The loss gets the outputs and then the target; an empty target (`[]`) is left out. A loss may
     return a tuple, its value first. Where an integer comes second, the count of active triplets, averages weigh each
-    batch by it, else by its number of samples.
+    batch by it, unless the loss says average="all"; else by its number of samples.
+
+    Training is in training mode throughout, so parts that were put into evaluation mode beforehand train as well.
 
     A tqdm bar shows in a terminal and in a notebook; elsewhere, or with TQDM_DISABLE=1 in the environment, a line is
     printed every `log_interval` batches. A line is printed for each epoch.
@@ -157,14 +159,14 @@ def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, 
         metric.reset()
 
     losses, weights, n_checked = [], [], 0  # kept as tensors: reading one would make a GPU wait
-    disable = True if os.environ.get("TQDM_DISABLE") else None  # None: where there is no terminal
+    disable = True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None  # None: where there is no terminal
     with tqdm(loader, desc=title, leave=False, disable=disable) as bar:
         for batch_number, batch in enumerate(bar, start=1):
             data, target = _move(_data_and_target(batch), device)
             outputs, target, loss_outputs = _forward(model, loss_fn, data, target)
             loss = loss_outputs[0] if isinstance(loss_outputs, (tuple, list)) else loss_outputs
             losses.append(loss.detach().reshape(()))
-            weights.append(_weight(loss_outputs, data))
+            weights.append(_weight(loss_fn, loss_outputs, data))
 
             is_logged = bool(log_interval) and batch_number % log_interval == 0
             if is_logged or loss.device.type == "cpu":
@@ -187,7 +189,7 @@ def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, 
 
 @contextlib.contextmanager
 def _keep_modes(model):
-    """Give each part of the model back its mode, training or evaluation: a frozen part stays frozen."""
+    """Give each part of the model back its mode, training or evaluation, which need not be the same for all."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -215,9 +217,10 @@ def _data_and_target(batch):
     return batch
 
 
-def _weight(loss_outputs, data):
-    """What a batch counts for in averages: its active triplets where the loss counts them, else its samples."""
-    count = loss_outputs[1] if isinstance(loss_outputs, (tuple, list)) and len(loss_outputs) > 1 else None
+def _weight(loss_fn, loss_outputs, data):
+    """What a batch counts for in averages: its active triplets where the loss averages over them, else its samples."""
+    is_counted = isinstance(loss_outputs, (tuple, list)) and len(loss_outputs) > 1
+    count = loss_outputs[1] if is_counted and getattr(loss_fn, "average", "active") == "active" else None
     if torch.is_tensor(count) and count.numel() == 1 and not count.is_floating_point():
         return count.detach().reshape(())
     if isinstance(count, int):
@@ -280,7 +283,7 @@ def _move(value, device):
 def _device(cuda):
     if not cuda:
         return None
-    if cuda is True:
+    if cuda == 1:  # True, and what passes for it
         if not torch.cuda.is_available():
             raise ValueError("cuda=True, but torch sees no GPU: give cuda=False or a device")
         return torch.device("cuda")

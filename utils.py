@@ -15,16 +15,19 @@ import torch
 def pdist(vectors):
     """Squared Euclidean distances between all rows.
 
-    The Gram matrix of the centred vectors is taken in float64: its rounding stays below that of float32 inputs, so
-    neighbours are right far from the origin too, and neither autocast nor TF32 touches it. (MPS, which has no float64,
-    uses float32.)
+    The Gram matrix of the centred vectors is taken in float64, so neighbours are right far from the origin too, and
+    neither autocast nor TF32 touches it. Distances (not squared) below about 1e-7 of the vectors' spread are not
+    resolved. (MPS, which has no float64, uses float32.)
 
     Args:
         vectors: floating-point tensor (B, D), any device. Gradients flow.
 
     Returns:
         Tensor (B, B) on the same device, float32 (float64 for float64 input), never negative, zero on the diagonal and
-        between equal rows; all NaN where any input is not finite. O(B^2 D) time, O(B^2) memory.
+        between equal rows; NaN off the diagonal where any input is not finite. O(B^2 D) time, O(B^2) memory.
+
+    Raises:
+        ValueError: for another shape.
 
     >>> pdist(torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
     tensor([[ 0., 25.],
@@ -48,6 +51,9 @@ class PairSelector:
 
         Returns:
             `(positive_pairs, negative_pairs)`: int64 tensors (P, 2), each row i < j; (0, 2) where there are none.
+
+        Raises:
+            ValueError: for other shapes.
         """
         raise NotImplementedError
 
@@ -122,6 +128,9 @@ class TripletSelector:
 
         Returns:
             int64 tensor (T, 3) of indices anchor, positive, negative; (0, 3) where nothing qualifies.
+
+        Raises:
+            ValueError: for other shapes.
         """
         raise NotImplementedError
 

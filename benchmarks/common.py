@@ -34,7 +34,7 @@ def try_alone(function, seconds=60, memory=12 * GIB):
     """Call a function once in a forked process.
 
     Returns:
-        `(status, seconds, peak)`: status "ok", "out of memory", "over 60 s" or "fails: ..."; peak bytes above the base.
+        `(status, seconds, peak)`: "ok", "out of memory", "over 60 s", "killed" or "fails: ..."; peak bytes above base.
     """
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -49,23 +49,28 @@ def try_alone(function, seconds=60, memory=12 * GIB):
             began = time.perf_counter()
             function()
             outcome = ["ok", time.perf_counter() - began]
-        except (MemoryError, RuntimeError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # nothing may leave the child alive
             is_memory = isinstance(error, MemoryError) or "alloc" in str(error).lower()
-            outcome = ["out of memory" if is_memory else f"fails: {str(error).splitlines()[0][:60]}", None]
+            outcome = [
+                "out of memory" if is_memory else f"fails: {(str(error) or repr(error)).splitlines()[0][:60]}",
+                None,
+            ]
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         os.write(writer, json.dumps([*outcome, peak]).encode())
         os._exit(0)
     os.close(writer)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.alarm(seconds + 1)
+    late = []
+    signal.signal(signal.SIGALRM, lambda *_: late.append(os.kill(child, signal.SIGKILL)))
+    signal.alarm(seconds)
     try:
         with os.fdopen(reader) as pipe:
             text = pipe.read()
         os.waitpid(child, 0)
     finally:
         signal.alarm(0)
-    status, took, peak = json.loads(text) if text else (f"over {seconds} s", None, None)
-    return (f"over {seconds} s", None, None) if took and took > seconds else (status, took, peak)
+    if text:
+        return tuple(json.loads(text))
+    return (f"over {seconds} s" if late else "killed"), None, None
 
 
 def time_in_turn(functions, budget=20.0, most=25):

@@ -4,8 +4,9 @@
     python benchmarks/epoch.py --print    # print the table of the last run
 
 The plain network: convolution, PReLU, pool in this order on contiguous tensors; forward, backward and Adam on tensors
-in memory, batches of 250, and nothing else. It is timed on as many images as the epoch has, in turn with it; the median
-of three rounds. DATA_ROOT says where MNIST is.
+in memory, batches of 250, and nothing else. It is timed in turn with the epochs, and counted twice for pairs and three
+times for triplets, as many images as go through the network there; the median of three rounds. DATA_ROOT says where
+MNIST is.
 """
 
 import os

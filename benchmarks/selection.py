@@ -2,6 +2,7 @@
 
     python benchmarks/selection.py            # print the table, write results/selection.json
     python benchmarks/selection.py --print    # print the table of the last run
+    python benchmarks/selection.py "all pairs"    # measure some strategies again, keep the others
 
 One thread. Each contender runs once in a process of its own, for its peak memory, with 12 GB and 60 s at most; those
 that finish are then timed in turn in one process. Unit-norm noisy clusters, margin 0.2 (1 for pairs).
@@ -212,8 +213,10 @@ def report(strategy, shape, results):
 def main():
     if "--print" not in sys.argv:
         torch.set_num_threads(1)
-        strategies = contenders()
-        results = {strategy: {} for strategy in strategies}
+        again = sys.argv[1:]
+        strategies = {name: losses for name, losses in contenders().items() if name in again or not again}
+        results = read("selection")["strategies"] if again else {}
+        results |= {strategy: {} for strategy in strategies}
         for strategy, shape in itertools.product(strategies, SHAPES):
             results[strategy][name_of(shape)] = try_each(steps_of(strategies[strategy], shape))
             report(strategy, shape, results)

@@ -780,7 +780,7 @@ def test_mnist_tries_no_download_where_told_so(tmp_path, attempts, capsys):
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
     assert "4,000" in printed
-    assert "no copy" in printed
+    assert "no usable copy" in printed
     assert "downloaded" not in printed
 
 

@@ -926,3 +926,45 @@ def test_batch_all_does_not_wait_for_the_gpu():
     expected, expected_count = BatchAllTripletLoss(1.0)(embeddings.cpu(), labels.cpu())
     torch.testing.assert_close(loss.cpu(), expected)
     assert int(count) == int(expected_count)
+
+
+# What all distances at once must not lose
+
+
+def tight_clusters(spread):
+    centres = torch.nn.functional.normalize(torch.randn(10, 2))
+    return (centres.repeat_interleave(16, dim=0) + spread * torch.randn(160, 2)), torch.arange(10).repeat_interleave(16)
+
+
+@pytest.mark.parametrize("spread", [1e-2, 1e-4])
+@pytest.mark.parametrize("squared", [True, False])
+def test_gradient_of_tight_clusters_is_exact(squared, spread):
+    embeddings, labels = tight_clusters(spread)
+    gradients = []
+    for x in (embeddings.clone().requires_grad_(), embeddings.double().requires_grad_()):
+        loss, _ = BatchAllTripletLoss(2.0, squared=squared)(x, labels)
+        gradients.append(torch.autograd.grad(loss, x)[0].double())
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[1].norm()
+
+
+def test_gradient_under_autocast_is_as_exact():
+    embeddings, labels = torch.randn(40, 16), torch.arange(40) % 4
+    gradients = []
+    for enabled in (False, True):
+        x = embeddings.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            BatchAllTripletLoss(1.0)(x, labels)[0].backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_batch_all_passes_gradgradcheck(squared):
+    embeddings = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 2, 2])
+    assert torch.autograd.gradgradcheck(lambda x: BatchAllTripletLoss(0.7, squared=squared)(x, labels)[0], embeddings)
+
+
+def test_batch_all_takes_bool_labels():
+    embeddings, labels = torch.randn(8, 3), torch.arange(8) % 2
+    assert BatchAllTripletLoss(1.0)(embeddings, labels == 1)[0] == BatchAllTripletLoss(1.0)(embeddings, labels)[0]

@@ -352,3 +352,15 @@ def test_every_net_goes_through_a_state_dict(make_net, tmp_path):
     torch.save(net.state_dict(), tmp_path / "net.pt")
     other.load_state_dict(torch.load(tmp_path / "net.pt"))
     assert torch.equal(other.get_embedding(x), net.get_embedding(x))
+
+
+def test_parameters_can_be_flattened():
+    assert len(nn.utils.parameters_to_vector(EmbeddingNet().parameters())) == sum(
+        p.numel() for p in EmbeddingNet().parameters()
+    )
+
+
+def test_first_layer_can_be_replaced():
+    net = EmbeddingNet()
+    net.convnet[0] = nn.Conv2d(3, 32, 5)
+    assert net(torch.zeros(2, 3, 28, 28)).shape == (2, 2)

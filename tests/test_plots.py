@@ -65,3 +65,12 @@ def test_embeddings_that_are_not_2d_are_an_error(shape):
         plot_embeddings(np.zeros(shape), np.zeros(6))
     with pytest.raises(ValueError, match=r"shape \(N, 2\), got \(6,"):
         compare_embeddings({"one": (np.zeros(shape), np.zeros(6))})
+
+
+def test_class_keeps_its_colour_where_another_is_absent():
+    points = np.random.default_rng(0).normal(size=(6, 2))
+    sets = {"all": (points, [0, 1, 2, 0, 1, 2]), "two": (points, [1, 2, 1, 2, 1, 2])}
+    figure = compare_embeddings(sets, class_names=["zero", "one", "two"])
+    colours = [{c.get_label(): tuple(c.get_facecolor()[0]) for c in ax.collections} for ax in figure.axes]
+    assert colours[0] == colours[1]
+    assert set(colours[0]) == {"zero", "one", "two"}

@@ -607,3 +607,21 @@ def test_embeddings_of_pairs_are_an_error(wrapper):
 def test_embeddings_of_an_empty_loader_are_an_error_D44():
     with pytest.raises(ValueError, match="loader is empty"):
         extract_embeddings([], dense_net())
+
+
+def test_average_over_all_triplets_weighs_batches_by_samples_D14():
+    class MeanOverAll:
+        average = "all"
+
+        def __call__(self, outputs):
+            return outputs.mean(), torch.tensor(int(outputs.max() > 1))
+
+    loader = [(torch.tensor([3.0, 3.0]), []), (torch.tensor([0.0, 0.0]), [])]
+    assert test_epoch(loader, Scale(), MeanOverAll(), False, [])[0] == pytest.approx(1.5)
+
+
+def test_flag_that_passes_for_true_asks_for_the_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="no GPU"):
+        test_epoch([(torch.ones(2), [])], Scale(), mean_output, 1, [])
