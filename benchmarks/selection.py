@@ -182,7 +182,7 @@ def cell(entry):
 def ratio(entries):
     """Time of the fastest other library over ours."""
     peers = [entry["ms"] for name, entry in entries.items() if name.startswith(("PML", "OTL")) and entry["ms"]]
-    return f"{min(peers) / entries['ours']['ms']:.1f}" if peers and entries["ours"]["ms"] else ""
+    return f"**{min(peers) / entries['ours']['ms']:.1f}**" if peers and entries["ours"]["ms"] else ""
 
 
 def table(results):
@@ -194,7 +194,7 @@ def table(results):
             rows.append([strategy, name.replace("*", "\\*"), *(cell(entries[name]) for entries in columns)])
             strategy = ""
         if any(ratio(entries) for entries in columns):
-            rows.append(["", "**best peer / ours**", *(f"**{ratio(entries)}**" for entries in columns)])
+            rows.append(["", "**best peer / ours**", *(ratio(entries) for entries in columns)])
     shapes = next(iter(results["strategies"].values()))
     return markdown(["strategy", "by", *shapes], rows)
 
