@@ -1,4 +1,4 @@
-"""Data: pairs and triplets of any labelled dataset, balanced batches, a dataset held in memory, and MNIST.
+"""Data: pairs and triplets of any labelled dataset, balanced batches, a dataset held in memory, two to try.
 
 The wrappers take a map-style dataset of `(x, label)`: torchvision's, ImageFolder, Subset, your own. Held in memory, a
 dataset is indexed by a list, and a loader gets whole batches without a loop over samples:
@@ -17,6 +17,9 @@ import torch
 from torch.utils.data import BatchSampler, ConcatDataset, Dataset, Subset, get_worker_info
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, as in the original
+FASHION_MNIST_MEAN, FASHION_MNIST_STD = 0.2860, 0.3530
+# What a failed download or a damaged file raises.
+_NO_COPY = (RuntimeError, ValueError, AssertionError, OSError, EOFError, http.client.HTTPException)
 
 
 class SiameseDataset(Dataset):
@@ -231,21 +234,52 @@ def load_mnist(root="data", train=True, download=True):
         A dataset of `(x, label)`, x a float32 tensor (1, 28, 28), normalised by the training set's mean and deviation;
         with `targets` and `train`.
     """
-    from torchvision import transforms
-    from torchvision.datasets import MNIST
-
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MNIST_MEAN,), (MNIST_STD,))])
     part = "training" if train else "test"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # torchvision reports every mirror that fails
-            dataset = MNIST(root, train=train, transform=transform, download=download)
+        dataset = _torchvision_images("MNIST", root, train, download, MNIST_MEAN, MNIST_STD)
         print(f"MNIST: all {len(dataset):,} {part} images.")
-    except (RuntimeError, ValueError, OSError, EOFError, http.client.HTTPException) as error:
+    except _NO_COPY as error:
         dataset = _BundledMNIST(train)
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
-        where = f"no usable copy in {root!r}" + (" and none could be downloaded" if download else "")
-        print(f"MNIST: the {len(dataset):,} bundled {part} images, since there is {where} ({reason}).")
+        print(f"MNIST: the {len(dataset):,} bundled {part} images, since there is {_no_copy(root, download, error)}.")
     return dataset
+
+
+def load_fashion_mnist(root="data", train=True, download=True):
+    """FashionMNIST, images of clothes in ten classes. Prints one line that says so.
+
+    Args:
+        root: folder that holds, or will hold, torchvision's `FashionMNIST/raw`.
+        train: the 60,000 training images, or the 10,000 test images.
+        download: try to download where `root` has none.
+
+    Returns:
+        A dataset of `(x, label)`, x a float32 tensor (1, 28, 28), normalised by the training set's mean and deviation;
+        with `targets`, `train` and `classes`, the names.
+
+    Raises:
+        RuntimeError: no copy in `root` and none to be downloaded.
+    """
+    try:
+        dataset = _torchvision_images("FashionMNIST", root, train, download, FASHION_MNIST_MEAN, FASHION_MNIST_STD)
+    except _NO_COPY as error:
+        remedy = "put FashionMNIST/raw there, as torchvision lays it out, or name the folder that holds it"
+        raise RuntimeError(f"FashionMNIST: {_no_copy(root, download, error)}; {remedy}") from error
+    print(f"FashionMNIST: all {len(dataset):,} {'training' if train else 'test'} images.")
+    return dataset
+
+
+def _torchvision_images(name, root, train, download, mean, std):
+    """The dataset of that name in torchvision, its images as normalised tensors."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((mean,), (std,))])
+    with contextlib.redirect_stdout(io.StringIO()):  # torchvision reports every mirror that fails
+        return getattr(datasets, name)(root, train=train, transform=transform, download=download)
+
+
+def _no_copy(root, download, error):
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
+    return f"no usable copy in {root!r}{' and none could be downloaded' if download else ''} ({reason})"
 
 
 class _BundledMNIST(Dataset):

@@ -22,15 +22,17 @@ class EmbeddingNet(nn.Module):
     Args:
         embedding_dim: D, length of an embedding.
         in_channels: channels of the image.
+        dropout: share of the convolutions' output that is dropped while training; the original has none.
 
     >>> EmbeddingNet()(torch.zeros(8, 1, 28, 28)).shape
     torch.Size([8, 2])
     """
 
-    def __init__(self, embedding_dim=2, in_channels=1):
+    def __init__(self, embedding_dim=2, in_channels=1, *, dropout=0.0):
         super().__init__()
         self.embedding_dim = embedding_dim
         self.in_channels = in_channels
+        self.dropout = dropout
         self.convnet = _ConvPReLUPool(
             nn.Conv2d(in_channels, 32, 5), nn.PReLU(), nn.MaxPool2d(2, stride=2),
             nn.Conv2d(32, 64, 5), nn.PReLU(), nn.MaxPool2d(2, stride=2),
@@ -60,7 +62,8 @@ class EmbeddingNet(nn.Module):
         x = self.convnet(x)  # (B, 64, h, w)
         if x.shape[1:].numel() != self.fc[0].in_features:
             x = F.adaptive_max_pool2d(x, 4)  # (B, 64, 4, 4)
-        return self.fc(x.flatten(start_dim=1))  # (B, D)
+        x = F.dropout(x.flatten(start_dim=1), self.dropout, self.training)
+        return self.fc(x)  # (B, D)
 
     def get_embedding(self, x):
         """Embeddings (B, D) of a batch: the same as calling the network."""
@@ -160,6 +163,60 @@ class TripletNet(nn.Module):
     def get_embedding(self, x):
         """Embeddings (B, D) of a batch."""
         return self.embedding_net(x)
+
+
+class RandomAffine(nn.Module):
+    """Augmentation while training: moves, turns, scales, shears and mirrors each image of a batch by draws of its own.
+
+    One `grid_sample` for the batch, on its device. In evaluation mode images pass as they are, so the layer can stand
+    before a network: `nn.Sequential(RandomAffine(translate=1), EmbeddingNet())`. What comes in from outside has the
+    value of the image's edge.
+
+    Args:
+        translate: moves by up to so many pixels along each axis, before the rest is done about the centre.
+        degrees: turns by up to so many degrees either way.
+        scale: enlarges or shrinks by a factor of up to 1 + scale.
+        shear: shears by up to so many degrees either way.
+        flip: chance of a mirror image, left and right exchanged.
+        generator: `torch.Generator` for the draws, on the images' device; None draws from torch's own, which
+            `torch.manual_seed` governs.
+
+    >>> RandomAffine(translate=2, degrees=10)(torch.rand(8, 1, 28, 28)).shape
+    torch.Size([8, 1, 28, 28])
+    """
+
+    def __init__(self, *, translate=0.0, degrees=0.0, scale=0.0, shear=0.0, flip=0.0, generator=None):
+        super().__init__()
+        self.translate = translate
+        self.degrees = degrees
+        self.scale = scale
+        self.shear = shear
+        self.flip = flip
+        self.generator = generator
+
+    def forward(self, x):
+        """Transform a batch of images: float (B, C, H, W) to the same; ValueError for another shape."""
+        if x.dim() != 4:
+            raise ValueError(f"expected images of shape (B, C, H, W), got {tuple(x.shape)}")
+        if not self.training:
+            return x
+        B, _, H, W = x.shape
+        uniform = torch.rand(6, B, 1, 1, device=x.device, generator=self.generator)
+        right, down, angle, growth, slant = uniform[:5] * 2 - 1  # (B, 1, 1) each, from -1 to 1
+        angle, slant = torch.deg2rad(angle * self.degrees), torch.deg2rad(slant * self.shear)
+        factor = (1 + self.scale) ** growth
+        mirror = torch.where(uniform[5] < self.flip, -1.0, 1.0)
+        cos, sin = factor * angle.cos(), factor * angle.sin()
+        # Where in the input a pixel of the output lies, in pixels from the centre. The matrix product of F.affine_grid
+        # would be rounded to fractions of a pixel under autocast.
+        column = torch.arange(W, device=x.device) - (W - 1) / 2  # (W,)
+        row = torch.arange(H, device=x.device)[:, None] - (H - 1) / 2  # (H, 1)
+        across = mirror * cos * column + (cos * slant.tan() - sin) * row + right * self.translate  # (B, H, W)
+        along = mirror * sin * column + (sin * slant.tan() + cos) * row + down * self.translate
+        grid = torch.stack((across * 2 / W, along * 2 / H), dim=-1)  # (B, H, W, 2)
+        dtype = torch.promote_types(x.dtype, grid.dtype)  # sampling in half precision is coarse, and NaN at times
+        sampled = F.grid_sample(x.to(dtype), grid.to(dtype), padding_mode="border", align_corners=False)
+        return sampled.to(x.dtype)
 
 
 class _ConvPReLUPool(nn.Sequential):

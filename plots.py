@@ -1,6 +1,6 @@
-"""Pictures of two-dimensional embeddings, with matplotlib.
+"""Pictures of embeddings, with matplotlib: in the plane, nearest neighbours, ROC curves.
 
-Give each a tensor or an array:
+Give each tensors or arrays:
 
     figure = compare_embeddings({"train": (train_embeddings, train_labels), "test": (test_embeddings, test_labels)})
     figure.savefig("embeddings.png")
@@ -71,3 +71,74 @@ def compare_embeddings(sets, *, class_names=None):
     for ax in axes[0, :-1]:
         ax.get_legend().remove()
     return figure
+
+
+def plot_neighbors(query_images, query_labels, images, labels, neighbors, *, class_names=None):
+    """Queries, a row each, and their nearest neighbours: of the query's class in a blue frame, others in a red one.
+
+    Args:
+        query_images: (n, C, H, W) or (n, H, W), grey (C = 1) or RGB, any range.
+        query_labels: (n,).
+        images: the reference, (M, C, H, W) or (M, H, W).
+        labels: (M,).
+        neighbors: indices (n, k) into the reference, nearest first, as `knn_predict` of metrics.py returns them.
+        class_names: text for each label; by default the label.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: as many queries, labels and rows of neighbours are expected.
+    """
+    query_labels, labels, neighbors = (
+        np.asarray(x.detach().cpu() if hasattr(x, "detach") else x) for x in (query_labels, labels, neighbors)
+    )
+    if neighbors.ndim != 2 or not len(neighbors) == len(query_labels) == len(query_images):
+        given = f"{len(query_images)} images, {len(query_labels)} labels, neighbors of shape {neighbors.shape}"
+        raise ValueError(f"expected n query images, n labels and neighbors of shape (n, k), got {given}")
+    n, k = neighbors.shape
+    name = str if class_names is None else lambda label: str(class_names[int(label)])
+    figure, axes = plt.subplots(n, k + 1, figsize=(1.15 * (k + 1), 1.35 * n), squeeze=False, layout="constrained")
+    for row, label, query, indices in zip(axes, query_labels, query_images, neighbors):
+        _show(row[0], query, f"query: {name(label)}", "black")
+        for ax, index in zip(row[1:], indices):
+            is_right = labels[index] == label
+            _show(ax, images[index], name(labels[index]), "tab:blue" if is_right else "tab:red")
+    return figure
+
+
+def _show(ax, image, title, colour):
+    """An image (C, H, W) or (H, W) in a frame."""
+    image = np.asarray(image.detach().cpu().double() if hasattr(image, "detach") else image, dtype=float)
+    if image.ndim == 3:
+        image = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)  # (H, W) or (H, W, 3)
+    low, high = image.min(), image.max()
+    ax.imshow((image - low) / max(high - low, 1e-12), cmap="gray_r" if image.ndim == 2 else None)
+    ax.set_title(title, fontsize=7, color=colour, pad=2)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set(edgecolor=colour, linewidth=1 if colour == "black" else 2.5)
+
+
+def plot_roc(curves, *, ax=None):
+    """ROC curves of verification: the share of same-class pairs accepted, against that of others, on a log axis.
+
+    Args:
+        curves: dict from a name to `(far, tar)`, as `verification(...)["curve"]` of metrics.py.
+        ax: matplotlib axes to draw on; a new figure by default.
+
+    Returns:
+        The axes.
+    """
+    if ax is None:
+        ax = plt.figure(figsize=(6.5, 4.5), layout="constrained").add_subplot()
+    for name, (far, tar) in curves.items():
+        ax.step(far, tar, where="post", label=name)
+    ax.set_xscale("log")
+    ax.set_xlim(1e-4, 1)
+    ax.set_xlabel("false accept rate")
+    ax.set_ylabel("true accept rate")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small", loc="lower right")
+    return ax

@@ -58,7 +58,8 @@ def fit(
 
     Returns:
         The history: a list with a dict for each epoch, of `epoch` (from 1), `lr` (of the first parameter group),
-        `train_loss`, `val_loss` (None without validation), `seconds`, and each metric as `train_NAME` and `val_NAME`.
+        `train_loss`, `val_loss` (None without validation), `seconds`, and each metric as `train_NAME` and `val_NAME`;
+        one whose value is a dict has an entry for each key instead, and one whose value is None has none.
 
     Raises:
         ValueError: an empty loader, or a batch that is not `(data, target)`.
@@ -76,12 +77,12 @@ def fit(
             row["train_loss"], _ = train_epoch(
                 train_loader, model, loss_fn, optimizer, cuda, log_interval, metrics, title=f"{title} train"
             )
-            row.update({f"train_{metric.name()}": metric.value() for metric in metrics})
+            row.update(_values("train", metrics))
 
             row["val_loss"] = None
             if val_loader is not None:
                 row["val_loss"], _ = test_epoch(val_loader, model, loss_fn, cuda, metrics, title=f"{title} validation")
-                row.update({f"val_{metric.name()}": metric.value() for metric in metrics})
+                row.update(_values("val", metrics))
 
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(row["train_loss"] if val_loader is None else row["val_loss"])
@@ -257,9 +258,19 @@ def _log(bar, title, batch_number, loss):
         print(f"{title}: batch {batch_number}{share}, loss {loss:.6f}", flush=True)
 
 
+def _values(part, metrics):
+    """Entries of the history for one pass: `PART_NAME`, or `PART_KEY` for the values of a dict; None leaves out."""
+    entries = {}
+    for metric in metrics:
+        value = metric.value()
+        named = value if isinstance(value, dict) else {metric.name(): value}
+        entries.update({f"{part}_{name}": number for name, number in named.items() if number is not None})
+    return entries
+
+
 def _summary(title, row):
     """One line of the epoch's losses and metrics: train_NAME and val_NAME side by side."""
-    names = [key.removeprefix("train_") for key in row if key.startswith("train_")]
+    names = dict.fromkeys(key.split("_", 1)[1] for key in row if key.startswith(("train_", "val_")))
     parts = []
     for name in names:
         values = [row[key] for key in (f"train_{name}", f"val_{name}") if row.get(key) is not None]

@@ -24,6 +24,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
 from datasets import BalancedBatchSampler, InMemoryDataset, SiameseDataset, SiameseMNIST, TripletDataset, TripletMNIST
+from datasets import load_fashion_mnist as load_fashion_mnist_of
 from datasets import load_mnist as load_mnist_of
 
 both_wrappers = pytest.mark.parametrize("wrapper", [SiameseMNIST, TripletMNIST])
@@ -804,16 +805,20 @@ def write_idx(path, array):
     path.write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
 
 
-@pytest.mark.parametrize("download", [True, False])
-def test_mnist_is_the_copy_in_root(tmp_path, attempts, capsys, download):
-    raw = tmp_path / "data" / "MNIST" / "raw"
+def write_copy(raw):
+    """Files such as those of MNIST, with labels 0, 1, 2 ...; the images of both parts."""
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
     images = {part: rng.integers(256, size=(n, 28, 28), dtype=np.uint8) for part, n in (("train", 7), ("t10k", 4))}
     for part, pixels in images.items():
         write_idx(raw / f"{part}-images-idx3-ubyte", pixels)
         write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(len(pixels), dtype=np.uint8))
+    return images
 
+
+@pytest.mark.parametrize("download", [True, False])
+def test_mnist_is_the_copy_in_root(tmp_path, attempts, capsys, download):
+    images = write_copy(tmp_path / "data" / "MNIST" / "raw")
     for part, train in (("train", True), ("t10k", False)):
         dataset = load_mnist(tmp_path, train, download)
         assert dataset.train is train
@@ -826,3 +831,92 @@ def test_mnist_is_the_copy_in_root(tmp_path, attempts, capsys, download):
         assert printed.count("\n") == 1
         assert f"all {len(dataset)}" in printed
     assert attempts == []
+
+
+# --- load_fashion_mnist
+
+
+FASHION_CLASSES = [
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+]
+
+
+def load_fashion_mnist(root, *args, **options):
+    return load_fashion_mnist_of(str(root / "data"), *args, **options)
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_fashion_mnist_is_the_copy_in_root(tmp_path, attempts, capsys, download):
+    images = write_copy(tmp_path / "data" / "FashionMNIST" / "raw")
+    for part, train in (("train", True), ("t10k", False)):
+        dataset = load_fashion_mnist(tmp_path, train, download)
+        assert dataset.train is train
+        assert dataset.targets.tolist() == list(range(len(images[part])))
+        assert dataset.classes == FASHION_CLASSES
+        for i, (x, label) in enumerate(dataset):
+            assert (x.shape, x.dtype, label) == ((1, 28, 28), torch.float32, i)
+            expected = (torch.tensor(images[part][i])[None] / 255 - 0.2860) / 0.3530
+            torch.testing.assert_close(x, expected)
+        printed = capsys.readouterr()
+        assert printed.out == f"FashionMNIST: all {len(dataset)} {'training' if train else 'test'} images.\n"
+        assert printed.err == ""
+    assert attempts == []
+
+
+def test_fashion_mnist_is_the_training_part_by_default(tmp_path, attempts):
+    write_copy(tmp_path / "data" / "FashionMNIST" / "raw")
+    dataset = load_fashion_mnist_of(tmp_path / "data")
+    assert (len(dataset), dataset.train) == (7, True)
+
+
+def test_fashion_mnist_is_not_mnist(tmp_path, attempts):
+    write_copy(tmp_path / "data" / "MNIST" / "raw")
+    with pytest.raises(RuntimeError, match="no usable copy"):
+        load_fashion_mnist(tmp_path, download=False)
+
+
+@both_modes
+def test_fashion_mnist_that_is_nowhere_is_an_error_with_a_remedy(tmp_path, attempts, capsys, train):
+    with pytest.raises(RuntimeError) as raised:
+        load_fashion_mnist(tmp_path, train)
+    assert attempts
+    message = str(raised.value)
+    assert message.startswith("FashionMNIST: no usable copy in ")
+    assert repr(str(tmp_path / "data")) in message
+    assert "none could be downloaded (" in message
+    assert "; put FashionMNIST/raw there" in message
+    assert "\n" not in message
+    assert raised.value.__cause__ is not None
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_fashion_mnist_tries_no_download_where_told_so(tmp_path, attempts, capsys):
+    with pytest.raises(RuntimeError) as raised:
+        load_fashion_mnist(tmp_path, download=False)
+    assert attempts == []
+    assert list(tmp_path.iterdir()) == []
+    message = str(raised.value)
+    assert repr(str(tmp_path / "data")) in message
+    assert "none could be downloaded" not in message
+    assert "; put FashionMNIST/raw there" in message
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), http.client.IncompleteRead(b""), ConnectionResetError()], ids=repr)
+def test_fashion_mnist_names_the_reason_where_the_connection_breaks(tmp_path, attempts, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    with pytest.raises(RuntimeError, match=r"none could be downloaded \(\w.*\); put FashionMNIST/raw there"):
+        load_fashion_mnist(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", struct.pack(">HBB3I", 0, 8, 3, 7, 28, 28), b"<html>Not found</html>"])
+def test_fashion_mnist_of_damaged_files_is_an_error_with_a_remedy(tmp_path, attempts, content):
+    write_copy(tmp_path / "data" / "FashionMNIST" / "raw")
+    (tmp_path / "data" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"no usable copy in .* \(.+\); put FashionMNIST/raw there"):
+        load_fashion_mnist(tmp_path, download=False)

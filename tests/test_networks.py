@@ -1,6 +1,7 @@
 """Tests of networks.py, against outputs of the original network and against the network plainly written."""
 
 import copy
+import math
 import pickle
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torchvision.models import resnet18
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import rotate
 
-from networks import ClassificationNet, EmbeddingNet, EmbeddingNetL2, SiameseNet, TripletNet
+from networks import ClassificationNet, EmbeddingNet, EmbeddingNetL2, RandomAffine, SiameseNet, TripletNet
 
 GOLDEN = Path(__file__).parent / "golden" / "networks_11.npz"
 EMBEDDING_NET_NAMES = [
@@ -364,3 +367,435 @@ def test_first_layer_can_be_replaced():
     net = EmbeddingNet()
     net.convnet[0] = nn.Conv2d(3, 32, 5)
     assert net(torch.zeros(2, 3, 28, 28)).shape == (2, 2)
+
+
+# --- dropout
+
+
+def inputs_of_dense_layers(net, x):
+    """What the dense layers of an EmbeddingNet are given (B, 1024)."""
+    inputs = []
+    handle = net.fc.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    net(x)
+    handle.remove()
+    return inputs[0]
+
+
+@both_embedding_nets
+def test_dropout_has_no_effect_in_evaluation(net_class):
+    net, plain = net_class(dropout=0.6).eval(), net_class()
+    plain.load_state_dict(net.state_dict())
+    x = torch.rand(4, 1, 32, 40)
+    assert torch.equal(net(x), plain(x))
+    assert torch.equal(net(x), net(x))
+
+
+@both_embedding_nets
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.0}], ids=["default", "zero"])
+def test_no_dropout_leaves_training_as_it_was(net_class, options):
+    net = net_class(**options)
+    x = torch.rand(4, 1, 28, 28)
+    state = torch.get_rng_state()
+    outputs = net(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    features = inputs_of_dense_layers(net, x)
+    assert torch.equal(features, net.convnet(x).flatten(1))
+    raw = net.fc(features)
+    assert torch.equal(outputs, functional.normalize(raw, dim=1) if net_class is EmbeddingNetL2 else raw)
+
+
+@both_embedding_nets
+def test_dropout_drops_its_share_of_features_while_training(net_class):
+    net = net_class(embedding_dim=8, dropout=0.3)
+    x = torch.rand(16, 1, 28, 28)
+    whole, kept = net.convnet(x).flatten(1), inputs_of_dense_layers(net, x)
+    is_dropped = kept == 0
+    assert float(is_dropped.float().mean()) == pytest.approx(0.3, abs=0.02)
+    torch.testing.assert_close(kept, torch.where(is_dropped, 0, whole / 0.7))
+    assert not torch.equal(is_dropped[0], is_dropped[1])
+    share_of_channel = is_dropped.view(16, 64, 16).float().mean(dim=2)
+    assert (share_of_channel % 1 > 0).float().mean() > 0.9  # each value by itself, not whole channels
+    assert not torch.allclose(net(x), net(x))
+
+
+@both_embedding_nets
+def test_dropout_is_governed_by_manual_seed_and_has_no_parameters(net_class):
+    net = net_class(3, 1, dropout=0.5)
+    assert list(net.state_dict()) == EMBEDDING_NET_NAMES
+    x, outputs = torch.rand(4, 1, 28, 28), []
+    for _ in range(2):
+        torch.manual_seed(7)
+        outputs.append(net(x))
+    assert torch.equal(*outputs)
+    outputs[0].sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+# --- RandomAffine
+
+
+ALL_OF_AFFINE = {"translate": 2.5, "degrees": 40, "scale": 0.4, "shear": 25, "flip": 0.5}
+
+
+def naive_affine(x, uniform, *, translate=0.0, degrees=0.0, scale=0.0, shear=0.0, flip=0.0):
+    """Pixel by pixel: from the output back through mirror, shear, turn, scale and move, then bilinear interpolation.
+
+    `x` is (B, C, H, W), `uniform` the draws (6, B).
+    """
+    B, C, H, W = x.shape
+    result = torch.empty_like(x)
+    for b in range(B):
+        right, down, angle, growth, slant = (2 * float(u) - 1 for u in uniform[:5, b])
+        for i in range(H):
+            for j in range(W):
+                u, v = j - (W - 1) / 2, i - (H - 1) / 2  # from the centre, in pixels
+                if float(uniform[5, b]) < flip:
+                    u = -u
+                u += math.tan(math.radians(slant * shear)) * v
+                turn = math.radians(angle * degrees)
+                u, v = math.cos(turn) * u - math.sin(turn) * v, math.sin(turn) * u + math.cos(turn) * v
+                u, v = (coordinate * (1 + scale) ** growth for coordinate in (u, v))
+                column = min(max(u + right * translate + (W - 1) / 2, 0), W - 1)
+                row = min(max(v + down * translate + (H - 1) / 2, 0), H - 1)
+                for c in range(C):
+                    total = 0.0
+                    for k in (math.floor(row), math.floor(row) + 1):
+                        for m in (math.floor(column), math.floor(column) + 1):
+                            share = (1 - abs(row - k)) * (1 - abs(column - m))
+                            if share > 0:
+                                total += share * float(x[b, c, k, m])
+                    result[b, c, i, j] = total
+    return result
+
+
+def draws(B, seed, device="cpu"):
+    """A layer's generator, and what it is going to draw (6, B)."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return generator, torch.rand(6, B, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
+def measured_maps(layer, B, H=25, W=41):
+    """Matrices (B, 2, 2) and shifts (B, 2) by which pixels of the output find theirs in the input, from the centre.
+
+    They are read off images whose two channels are the coordinates of a pixel, which interpolation keeps as they are.
+    """
+    v, u = torch.meshgrid(torch.arange(H) - H // 2, torch.arange(W) - W // 2, indexing="ij")
+    source = layer(torch.stack((u, v)).double().expand(B, 2, H, W))
+    centre = source[:, :, H // 2, W // 2]
+    columns = source[:, :, H // 2, W // 2 + 1] - centre, source[:, :, H // 2 + 1, W // 2] - centre
+    return torch.stack(columns, dim=2), centre
+
+
+def moments(images):
+    """Mass (B,), centre (B, 2) as column and row, and covariance (B, 2, 2) of single-channel images."""
+    B, _, H, W = images.shape
+    v, u = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    points = torch.stack((u, v), dim=-1).double().reshape(-1, 2)  # (HW, 2)
+    weights = images.double().reshape(B, -1)
+    mass = weights.sum(dim=1)
+    weights = weights / mass[:, None]
+    centre = weights @ points
+    offsets = points - centre[:, None]  # (B, HW, 2)
+    return mass, centre, torch.einsum("bn,bni,bnj->bij", weights, offsets, offsets)
+
+
+def disc(B, H, W, radius):
+    v, u = torch.meshgrid(torch.arange(H) - (H - 1) / 2, torch.arange(W) - (W - 1) / 2, indexing="ij")
+    return (u.square() + v.square() <= radius**2).float().expand(B, 1, H, W)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (9, 14)], ids=str)
+def test_affine_in_evaluation_returns_the_tensor_itself(size):
+    layer = RandomAffine(**ALL_OF_AFFINE).eval()
+    x = torch.rand(3, 2, *size)
+    state = torch.get_rng_state()
+    assert layer(x) is x
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (9, 14), (32, 32), (1, 1)], ids=str)
+def test_affine_of_nothing_is_the_identity(size):
+    x = torch.rand(3, 2, *size)
+    torch.testing.assert_close(RandomAffine()(x), x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"translate": 2.5}, {"degrees": 70}, {"scale": 0.5}, {"shear": 30}, {"flip": 0.5}, ALL_OF_AFFINE],
+    ids=[*ALL_OF_AFFINE, "all"],
+)
+@pytest.mark.parametrize("size", [(9, 9), (6, 11)], ids=str)
+def test_affine_equals_the_oracle(options, size):
+    x = torch.rand(5, 2, *size, dtype=torch.float64)
+    for seed in range(2):
+        generator, uniform = draws(5, seed)
+        result = RandomAffine(**options, generator=generator)(x)
+        torch.testing.assert_close(result, naive_affine(x, uniform, **options), rtol=0, atol=1e-5)
+
+
+def test_affine_turns_as_torchvision_does():
+    x = torch.rand(6, 3, 24, 31) * disc(6, 24, 31, 10)  # so that no edge comes in
+    generator, uniform = draws(6, seed=3)
+    turned = RandomAffine(degrees=80, generator=generator)(x)
+    for image, result, u in zip(x, turned, uniform[2]):
+        expected = rotate(image, (2 * float(u) - 1) * 80, InterpolationMode.BILINEAR)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+def test_affine_moves_a_pixel_within_the_bounds_by_draws_of_its_own():
+    x = torch.zeros(200, 1, 15, 23)
+    x[:, :, 7, 11] = 1
+    mass, centre, _ = moments(RandomAffine(translate=3)(x))
+    torch.testing.assert_close(mass, torch.ones(200, dtype=torch.float64), rtol=0, atol=1e-4)
+    moved = centre - torch.tensor([11, 7])
+    assert 2.7 < moved.abs().max() < 3 + 1e-4
+    assert (moved.amin(dim=0) < -2.7).all()
+    assert (moved.amax(dim=0) > 2.7).all()
+    assert len(moved.round(decimals=4).unique(dim=0)) == 200
+    for first in (moved[:, 0] < 0, moved[:, 0] > 0):  # all four directions
+        for second in (moved[:, 1] < 0, moved[:, 1] > 0):
+            assert 25 < (first & second).sum() < 75
+
+
+def test_affine_fills_with_the_values_of_the_edge():
+    x = torch.full((20, 1, 9, 16), 2.0)
+    x[..., 8:] = -5.0
+    layer = RandomAffine(translate=30, generator=torch.Generator().manual_seed(0))
+    right = (2 * draws(20, 0)[1][0] - 1) * 30
+    for image, shift in zip(layer(x), right):
+        if abs(shift) > 8:
+            torch.testing.assert_close(image, torch.full((1, 9, 16), 2.0 if shift < 0 else -5.0))
+
+
+def test_affine_keeps_a_constant_image():
+    layer = RandomAffine(translate=50, degrees=180, scale=2, shear=60, flip=0.5)
+    x = torch.tensor([7.5, -3.0])[None, :, None, None].expand(50, 2, 12, 19)
+    torch.testing.assert_close(layer(x), x, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (7, 12), (8, 5)], ids=str)
+def test_affine_flips_left_and_right(size):
+    x = torch.rand(20, 3, *size)
+    mirrored = x.flip(3)
+    torch.testing.assert_close(RandomAffine(flip=1)(x), mirrored, rtol=0, atol=1e-5)
+    is_flipped = []
+    for image, original, mirror in zip(RandomAffine(flip=0.5)(x), x, mirrored):
+        differences = [float((image - other).abs().max()) for other in (original, mirror)]
+        assert min(differences) < 1e-5
+        is_flipped.append(differences[1] < 1e-5)
+    assert 2 <= sum(is_flipped) <= 18
+
+
+@pytest.mark.parametrize("flip", [0.1, 0.5, 0.8])
+def test_affine_flips_with_the_chance_given(flip):
+    x = torch.arange(4.0).expand(2000, 1, 1, 4)
+    is_flipped = RandomAffine(flip=flip)(x)[:, 0, 0, 0] > 1.5
+    assert float(is_flipped.float().mean()) == pytest.approx(flip, abs=4 * math.sqrt(flip * (1 - flip) / 2000))
+
+
+def assert_uniform(values, limit):
+    """Within `limit` either way, and one as likely as another."""
+    assert values.abs().max() <= limit * (1 + 1e-4)
+    quarters = torch.histc(values.float(), bins=4, min=-limit, max=limit)
+    assert quarters.sum() == len(values)
+    assert (quarters / len(values) - 0.25).abs().max() < 0.08
+
+
+def test_affine_moves_are_uniform_along_both_axes():
+    matrices, shifts = measured_maps(RandomAffine(translate=4), B=500)
+    torch.testing.assert_close(matrices, torch.eye(2).double().expand(500, 2, 2), rtol=0, atol=1e-4)
+    for shift in shifts.T:
+        assert_uniform(shift, 4)
+    assert torch.corrcoef(shifts.T)[0, 1].abs() < 0.15
+
+
+def test_affine_angles_are_uniform_and_turn_without_shear():
+    matrices, shifts = measured_maps(RandomAffine(degrees=35), B=500)
+    torch.testing.assert_close(shifts, torch.zeros(500, 2).double(), rtol=0, atol=1e-4)
+    angles = torch.atan2(matrices[:, 1, 0], matrices[:, 0, 0])
+    expected = torch.stack((angles.cos(), -angles.sin(), angles.sin(), angles.cos()), dim=1).view(-1, 2, 2)
+    torch.testing.assert_close(matrices, expected, rtol=0, atol=1e-4)
+    assert_uniform(angles.rad2deg(), 35)
+
+
+def test_affine_factors_shrink_as_often_as_they_enlarge():
+    matrices, shifts = measured_maps(RandomAffine(scale=0.5), B=500)
+    torch.testing.assert_close(shifts, torch.zeros(500, 2).double(), rtol=0, atol=1e-4)
+    factors = matrices[:, 0, 0]
+    torch.testing.assert_close(matrices, factors[:, None, None] * torch.eye(2).double(), rtol=0, atol=1e-4)
+    assert_uniform(factors.log(), math.log(1.5))
+
+
+def test_affine_shears_along_rows():
+    matrices, shifts = measured_maps(RandomAffine(shear=20), B=500)
+    torch.testing.assert_close(shifts, torch.zeros(500, 2).double(), rtol=0, atol=1e-4)
+    tangents = matrices[:, 0, 1].clone()
+    matrices[:, 0, 1] = 0
+    torch.testing.assert_close(matrices, torch.eye(2).double().expand(500, 2, 2), rtol=0, atol=1e-4)
+    assert_uniform(tangents.atan().rad2deg(), 20)
+
+
+@pytest.mark.parametrize("size", [(30, 30), (30, 60), (64, 33)], ids=str)
+def test_affine_turned_square_stays_a_square(size):
+    H, W = size
+    x = torch.zeros(40, 1, H, W)
+    x[:, :, H // 2 - 6 : H // 2 + 6, W // 2 - 6 : W // 2 + 6] = 1
+    mass, _, covariance = moments(RandomAffine(degrees=180)(x))
+    torch.testing.assert_close(mass, torch.full_like(mass, 144), rtol=0.02, atol=0)
+    expected = (12**2 - 1) / 12 * torch.eye(2).double().expand(40, 2, 2)  # the same in every direction
+    torch.testing.assert_close(covariance, expected, rtol=0, atol=0.4)
+
+
+def test_affine_scales_a_disc_within_the_bounds():
+    x = disc(200, 60, 80, radius=14)
+    mass, centre, covariance = moments(RandomAffine(scale=0.5)(x))
+    growth = mass / x[0].sum()
+    assert growth.max() < 1.5**2 * 1.03
+    assert growth.min() > 1.5**-2 / 1.03
+    assert growth.max() > 2
+    assert growth.min() < 0.5
+    torch.testing.assert_close(centre, torch.tensor([39.5, 29.5]).double().expand(200, 2), rtol=0, atol=0.02)
+    torch.testing.assert_close(covariance[:, 0, 0], covariance[:, 1, 1], rtol=0.03, atol=0)
+
+
+def test_affine_is_repeatable_by_its_generator_alone():
+    x = torch.rand(4, 1, 10, 10)
+    state = torch.get_rng_state()
+    results = []
+    for seed in (5, 5, 6):
+        layer = RandomAffine(**ALL_OF_AFFINE, generator=torch.Generator().manual_seed(seed))
+        results.append((layer(x), layer(x)))
+    assert torch.equal(torch.get_rng_state(), state)
+    for first, second in zip(results[0], results[1]):
+        assert torch.equal(first, second)
+    assert not torch.equal(results[0][0], results[0][1])
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+def test_affine_is_repeatable_by_manual_seed():
+    x, layer, results = torch.rand(4, 1, 10, 10), RandomAffine(**ALL_OF_AFFINE), []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        results.append(layer(x))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_affine_draws_for_each_image_and_for_all_its_channels():
+    x = torch.rand(1, 1, 12, 12).expand(8, 3, 12, 12)
+    result = RandomAffine(**ALL_OF_AFFINE)(x)
+    for image in result:
+        torch.testing.assert_close(image, image[:1].expand(3, 12, 12))
+    assert len({image.numpy().tobytes() for image in result[:, 0]}) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [(28, 28), (160, 200)], ids=str)
+def test_affine_keeps_the_dtype_and_is_as_exact_as_it_allows(dtype, size):
+    H, W = size
+    rows, columns = torch.arange(H)[:, None] / 9, torch.arange(W) / 7
+    x = (rows.sin() * columns.cos()).expand(3, 1, H, W).to(dtype)
+    assert RandomAffine(**ALL_OF_AFFINE).eval()(x).dtype == dtype
+    generator, _ = draws(3, seed=2)
+    result = RandomAffine(**ALL_OF_AFFINE, generator=generator)(x)
+    assert result.dtype == dtype
+    expected = RandomAffine(**ALL_OF_AFFINE, generator=draws(3, seed=2)[0])(x.double())
+    atol = max(1e-5, 2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=atol)
+
+
+def test_affine_is_as_exact_under_autocast():
+    x = torch.rand(3, 1, 100, 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = RandomAffine()(x)
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-4)
+
+
+def test_affine_does_not_depend_on_the_memory_format():
+    x = torch.rand(4, 3, 10, 14)
+    strided = x.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not strided.is_contiguous()
+    results = []
+    for given in (x, x.to(memory_format=torch.channels_last), strided):
+        results.append(RandomAffine(**ALL_OF_AFFINE, generator=draws(4, seed=1)[0])(given))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
+
+
+def test_affine_leaves_its_input_unchanged():
+    x = torch.rand(4, 1, 10, 10)
+    before = x.clone()
+    RandomAffine(**ALL_OF_AFFINE)(x)
+    assert torch.equal(x, before)
+
+
+def test_affine_lets_gradients_through():
+    x = torch.rand(2, 2, 5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: RandomAffine(**ALL_OF_AFFINE, generator=draws(2, seed=1)[0])(x), (x,))
+    RandomAffine(**ALL_OF_AFFINE)(x).sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad.sum(dim=(1, 2, 3)) > 1).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (28, 28), (2, 1, 1, 28, 28), (2, 784)], ids=str)
+def test_affine_of_another_shape_is_an_error(training, shape):
+    with pytest.raises(ValueError, match=r"expected images of shape \(B, C, H, W\), got \(" + f"{shape[0]}, "):
+        RandomAffine(translate=1).train(training)(torch.rand(shape))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_affine_of_an_empty_batch_is_empty(training):
+    layer = RandomAffine(**ALL_OF_AFFINE).train(training)
+    assert layer(torch.rand(0, 1, 28, 28)).shape == (0, 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("has_generator", [True, False])
+def test_affine_can_be_copied(copied, has_generator):
+    layer = RandomAffine(**ALL_OF_AFFINE, generator=torch.Generator().manual_seed(4) if has_generator else None)
+    twin, x, results = copied(layer), torch.rand(4, 1, 9, 9), []
+    for each in (layer, twin):
+        torch.manual_seed(3)
+        results.append(each(x))
+    assert torch.equal(*results)
+
+
+def test_affine_trains_before_the_network_of_a_classifier():
+    model = ClassificationNet(nn.Sequential(RandomAffine(translate=2, degrees=10), EmbeddingNet(embedding_dim=5)), 10)
+    assert list(model.embedding_net.state_dict()) == [f"1.{name}" for name in EMBEDDING_NET_NAMES]
+    assert model.fc1.in_features == 5
+    x = torch.rand(4, 1, 28, 28)
+    assert not torch.equal(model(x), model(x))
+    nn.functional.nll_loss(model(x), torch.arange(4)).backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
+    model.eval()
+    torch.testing.assert_close(model(x).exp().sum(dim=1), torch.ones(4))
+    assert torch.equal(model.get_embedding(x), model.nonlinear(model.embedding_net[1](x)))
+
+
+def test_affine_draws_for_each_input_of_a_triplet():
+    net = EmbeddingNet(embedding_dim=5)
+    model = TripletNet(nn.Sequential(RandomAffine(**ALL_OF_AFFINE), net))
+    x = torch.rand(3, 1, 28, 28)
+    embeddings = model(x, x, x)
+    assert [output.shape for output in embeddings] == [(3, 5)] * 3
+    assert len(torch.cat(embeddings).unique(dim=0)) == 9
+    for output in model.eval()(x, x, x):
+        torch.testing.assert_close(output, net(x))
+
+
+@pytest.mark.gpu
+def test_affine_on_the_gpu_equals_the_oracle():
+    x = torch.rand(4, 2, 9, 14)
+    generator, uniform = draws(4, seed=0, device="cuda")
+    result = RandomAffine(**ALL_OF_AFFINE, generator=generator)(x.cuda())
+    assert result.is_cuda
+    torch.testing.assert_close(result.cpu(), naive_affine(x, uniform.cpu(), **ALL_OF_AFFINE), rtol=0, atol=1e-3)
+    model = nn.Sequential(RandomAffine(translate=2, flip=0.5), EmbeddingNet()).cuda()
+    images = torch.rand(4, 1, 28, 28, device="cuda")
+    model(images).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert model[0].eval()(images) is images
