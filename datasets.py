@@ -31,7 +31,7 @@ class SiameseDataset(Dataset):
 
     Draws in the main process come from torch's own generator. In a loader's workers they depend on the loader's seed
     and the index alone, so not on how many workers there are, as long as an index comes once an epoch.
-    `torch.manual_seed` governs both.
+    `torch.manual_seed` governs both, in workers for a dataset made anew: one used again under the same seed goes on.
 
     Args:
         mnist_dataset: any map-style dataset of `(x, label)`, with at least two classes of at least two samples each.
@@ -394,7 +394,8 @@ def _labels_of(dataset):
         return _labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
     if isinstance(dataset, ConcatDataset):
         return np.concatenate([_labels_of(part) for part in dataset.datasets])
-    for name in ("targets", "labels", "train_labels", "test_labels"):
+    own = ("train_labels", "test_labels")  # torchvision's of old, which may hold both
+    for name in ("targets", "labels", *(own if _is_training(dataset) else own[::-1])):
         labels = getattr(dataset, name, None)
         if labels is not None and hasattr(labels, "__len__") and len(labels) == len(dataset):
             labels = labels.cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)

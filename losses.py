@@ -169,6 +169,9 @@ class OnlineTripletLoss(nn.Module):
         squared: squared Euclidean distances; False for plain ones.
         soft_margin: log(1 + exp(.)) in place of relu(.); the soft margin of Hermans et al. 2017 has margin 0.
 
+    Attributes:
+        n_selected: T of the last batch, which the loss is a mean over; None before the first.
+
     >>> class OneTriplet:
     ...     def get_triplets(self, embeddings, labels):
     ...         return torch.tensor([[0, 1, 2]])
@@ -190,6 +193,7 @@ class OnlineTripletLoss(nn.Module):
                 warnings.warn(message, stacklevel=2)
         self.margin = margin
         self.triplet_selector = triplet_selector
+        self.n_selected = None
         self.squared = squared
         self.soft_margin = soft_margin
 
@@ -210,6 +214,7 @@ class OnlineTripletLoss(nn.Module):
         offline = "for the outputs of TripletNet use TripletLoss"
         _check_online("OnlineTripletLoss", offline, embeddings, target, unexpected)
         triplets = self.triplet_selector.get_triplets(embeddings, target).to(embeddings.device)  # (T, 3)
+        self.n_selected = len(triplets)
         if len(triplets) == 0:
             return _zero_with_graph(embeddings), torch.zeros((), dtype=torch.int64, device=embeddings.device)
         anchor, positive, negative = triplets.unbind(dim=1)  # (T,) each

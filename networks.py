@@ -30,7 +30,6 @@ class EmbeddingNet(nn.Module):
 
     def __init__(self, embedding_dim=2, in_channels=1, *, dropout=0.0):
         super().__init__()
-        self.embedding_dim = embedding_dim
         self.in_channels = in_channels
         self.dropout = dropout
         self.convnet = _ConvPReLUPool(
@@ -60,7 +59,8 @@ class EmbeddingNet(nn.Module):
             expected = f"(B, {in_channels}, H, W) with H and W at least 28"
             raise ValueError(f"expected images of shape {expected}, got {tuple(x.shape)}")
         x = self.convnet(x)  # (B, 64, h, w)
-        if x.shape[1:].numel() != self.fc[0].in_features:
+        first = next((layer for layer in self.fc.modules() if isinstance(layer, nn.Linear)), None)
+        if first is not None and x.shape[1:].numel() != first.in_features:
             x = F.adaptive_max_pool2d(x, 4)  # (B, 64, 4, 4)
         x = F.dropout(x.flatten(start_dim=1), self.dropout, self.training)
         return self.fc(x)  # (B, D)
@@ -68,6 +68,11 @@ class EmbeddingNet(nn.Module):
     def get_embedding(self, x):
         """Embeddings (B, D) of a batch: the same as calling the network."""
         return self(x)
+
+    @property
+    def embedding_dim(self):
+        """D, the width of the last dense layer, also of one put in its place; None where there is none."""
+        return _width_of_last_linear(self.fc)
 
 
 class EmbeddingNetL2(EmbeddingNet):
@@ -156,9 +161,9 @@ class TripletNet(nn.Module):
         super().__init__()
         self.embedding_net = embedding_net
 
-    def forward(self, anchor, positive, negative):
-        """Embeddings of the three inputs, a tuple of three (B, D)."""
-        return _embed_together(self.embedding_net, anchor, positive, negative)
+    def forward(self, x1, x2, x3):
+        """Embeddings of anchor, positive and negative, a tuple of three (B, D)."""
+        return _embed_together(self.embedding_net, x1, x2, x3)
 
     def get_embedding(self, x):
         """Embeddings (B, D) of a batch."""
@@ -246,14 +251,22 @@ class _ConvPReLUPool(nn.Sequential):
 
 def _embed_together(embedding_net, *inputs):
     """One pass over the concatenated inputs: faster than one each, and batch norm sees the whole batch once."""
-    return embedding_net(torch.cat(inputs)).split([len(x) for x in inputs])
+    embeddings = embedding_net(torch.cat(inputs))
+    ends = itertools.accumulate(len(x) for x in inputs)
+    return tuple(
+        embeddings[end - len(x) : end] for x, end in zip(inputs, ends)
+    )  # split's would refuse in-place changes
 
 
 def _embedding_dim_of(embedding_net):
-    if hasattr(embedding_net, "embedding_dim"):
-        return embedding_net.embedding_dim
-    widths = [layer.out_features for layer in embedding_net.modules() if isinstance(layer, nn.Linear)]
-    if not widths:
+    width = getattr(embedding_net, "embedding_dim", None) or _width_of_last_linear(embedding_net)
+    if width is None:
         name = type(embedding_net).__name__
         raise ValueError(f"{name} has no embedding_dim and no nn.Linear: say ClassificationNet(..., embedding_dim=D)")
-    return widths[-1]
+    return width
+
+
+def _width_of_last_linear(module):
+    """Outputs of the last dense layer, None where there is none."""
+    widths = [layer.out_features for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return widths[-1] if widths else None

@@ -28,8 +28,7 @@ def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=
     Raises:
         ValueError: embeddings that are not 2-D.
     """
-    embeddings, labels = (x.detach().cpu() if hasattr(x, "detach") else x for x in (embeddings, labels))
-    embeddings, labels = np.asarray(embeddings), np.asarray(labels)
+    embeddings, labels = _array(embeddings), _array(labels)
     if embeddings.ndim != 2 or embeddings.shape[1] != 2:
         raise ValueError(f"expected embeddings of shape (N, 2), got {embeddings.shape}")
     if ax is None:
@@ -65,7 +64,7 @@ def compare_embeddings(sets, *, class_names=None):
     figure, axes = plt.subplots(
         1, len(sets), figsize=(6.5 * len(sets), 5.5), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    classes = np.unique(np.concatenate([np.asarray(labels) for _, labels in sets.values()]))
+    classes = np.unique(np.concatenate([_array(labels) for _, labels in sets.values()]))
     for ax, (title, (embeddings, labels)) in zip(axes[0], sets.items()):
         plot_embeddings(embeddings, labels, ax=ax, title=title, class_names=class_names, classes=classes)
     for ax in axes[0, :-1]:
@@ -90,9 +89,7 @@ def plot_neighbors(query_images, query_labels, images, labels, neighbors, *, cla
     Raises:
         ValueError: as many queries, labels and rows of neighbours are expected.
     """
-    query_labels, labels, neighbors = (
-        np.asarray(x.detach().cpu() if hasattr(x, "detach") else x) for x in (query_labels, labels, neighbors)
-    )
+    query_labels, labels, neighbors = _array(query_labels), _array(labels), _array(neighbors)
     if neighbors.ndim != 2 or not len(neighbors) == len(query_labels) == len(query_images):
         given = f"{len(query_images)} images, {len(query_labels)} labels, neighbors of shape {neighbors.shape}"
         raise ValueError(f"expected n query images, n labels and neighbors of shape (n, k), got {given}")
@@ -109,7 +106,7 @@ def plot_neighbors(query_images, query_labels, images, labels, neighbors, *, cla
 
 def _show(ax, image, title, colour):
     """An image (C, H, W) or (H, W) in a frame."""
-    image = np.asarray(image.detach().cpu().double() if hasattr(image, "detach") else image, dtype=float)
+    image = _array(image).astype(float)
     if image.ndim == 3:
         image = image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)  # (H, W) or (H, W, 3)
     low, high = image.min(), image.max()
@@ -142,3 +139,11 @@ def plot_roc(curves, *, ax=None):
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small", loc="lower right")
     return ax
+
+
+def _array(x):
+    """A tensor of any dtype and device, or what numpy takes, as an array."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        x = x.float() if x.is_floating_point() else x  # numpy has no bfloat16
+    return np.asarray(x)

@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -32,8 +33,9 @@ def fit(
 
     A batch is `(data, target)`. Data is a tensor or a tuple, passed to the model as positional arguments, or a dict,
     passed by keyword. The loss gets the outputs and then the target; an empty target (`[]`) is left out. A loss may
-    return a tuple, its value first. Where an integer comes second, the count of active triplets, averages weigh each
-    batch by it, unless the loss says average="all"; else by its number of samples.
+    return a tuple, its value first. Averages weigh each batch by what its loss is the mean of: by the triplets selected
+    where the loss says how many (`n_selected`); by an integer that comes second, the count of active triplets, unless
+    the loss says average="all"; else by its samples.
 
     Training is in training mode throughout, so parts that were put into evaluation mode beforehand train as well.
 
@@ -54,7 +56,7 @@ def fit(
         log_interval: number of batches between two log lines.
         metrics: list of `Metric`, called as `metric(outputs, target, loss_outputs)` with tuples of outputs and target.
         start_epoch: number of epochs already trained: 8 begins with the ninth. A scheduler that has made fewer steps is
-            brought forward.
+            brought forward; one that keeps no `last_epoch` is left as it is.
 
     Returns:
         The history: a list with a dict for each epoch, of `epoch` (from 1), `lr` (of the first parameter group),
@@ -145,7 +147,7 @@ def extract_embeddings(loader, model, device=None):
             if not (torch.is_tensor(data) and torch.is_tensor(target)):
                 raise ValueError("expected batches (x, label), not pairs or triplets: give the dataset as it was")
             embeddings.append(embed(data.to(device) if device is not None else data).cpu())
-            labels.append(target.cpu())
+            labels.append(target.reshape(-1).cpu() if target.numel() == len(target) else target.cpu())
     if not embeddings:
         raise ValueError("the loader is empty: it gave no batch")
     return torch.cat(embeddings), torch.cat(labels)
@@ -201,11 +203,11 @@ def _keep_modes(model):
 
 def _forward(model, loss_fn, data, target):
     """Outputs and target as tuples (None for an empty target), and what the loss returned."""
-    if isinstance(data, dict):
+    if isinstance(data, Mapping):
         outputs = model(**data)
     else:
-        outputs = model(*data) if isinstance(data, (tuple, list)) else model(data)
-    outputs = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+        outputs = model(*data) if type(data) in (tuple, list) else model(data)  # a named tuple is one argument
+    outputs = tuple(outputs) if type(outputs) in (tuple, list) else (outputs,)
     is_empty = target is None or (isinstance(target, (tuple, list)) and len(target) == 0)
     target = None if is_empty else (target,)
     return outputs, target, loss_fn(*outputs, *(target or ()))
@@ -219,21 +221,24 @@ def _data_and_target(batch):
 
 
 def _weight(loss_fn, loss_outputs, data):
-    """What a batch counts for in averages: its active triplets where the loss averages over them, else its samples."""
+    """What a batch counts for in averages: what its loss is the mean of, triplets where it says so, else samples."""
+    n_selected = getattr(loss_fn, "n_selected", None)
+    if isinstance(n_selected, int):
+        return torch.tensor(n_selected)
     is_counted = isinstance(loss_outputs, (tuple, list)) and len(loss_outputs) > 1
     count = loss_outputs[1] if is_counted and getattr(loss_fn, "average", "active") == "active" else None
     if torch.is_tensor(count) and count.numel() == 1 and not count.is_floating_point():
-        return count.detach().reshape(())
+        return count.detach().reshape(()).clamp(min=0)
     if isinstance(count, int):
-        return torch.tensor(count)
+        return torch.tensor(max(count, 0))
     return torch.tensor(_n_samples(data) or 1)
 
 
 def _n_samples(data):
     """Length of the first tensor in a batch's data, 0 where it holds none."""
     if torch.is_tensor(data):
-        return len(data)
-    parts = data.values() if isinstance(data, dict) else data if isinstance(data, (tuple, list)) else ()
+        return len(data) if data.dim() else 0
+    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else ()
     return next((n for n in map(_n_samples, parts) if n), 0)
 
 
@@ -279,15 +284,21 @@ def _summary(title, row):
 
 
 def _move(value, device):
-    """Tensors in nested tuples, lists and dicts to a device; None leaves them where they are."""
+    """Tensors, and what else has `to`, in nested tuples, lists and dicts to a device; None leaves them where they are.
+
+    Tuples and lists come back as lists, named tuples as what they were.
+    """
     if device is None:
         return value
     if torch.is_tensor(value):
         return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
+    if hasattr(value, "to"):
+        return value.to(device)
+    if isinstance(value, Mapping):
         return {key: _move(x, device) for key, x in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_move(x, device) for x in value]
+        moved = [_move(x, device) for x in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else moved
     return value
 
 
@@ -305,7 +316,13 @@ def _bring_forward(scheduler, start_epoch):
     """Steps that the scheduler missed before `start_epoch`; one that the caller restored has made them."""
     if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
         return
+    last = getattr(scheduler, "_schedulers", [scheduler])[-1]  # ChainedScheduler does not count itself
+    n_missed = start_epoch - getattr(scheduler, "last_epoch", getattr(last, "last_epoch", start_epoch))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*before `optimizer.step.*")  # those steps are not in this process
-        for _ in range(start_epoch - getattr(scheduler, "last_epoch", start_epoch)):
+        for _ in range(n_missed):
             scheduler.step()
+    if n_missed > 0 and hasattr(scheduler, "_get_closed_form_lr"):
+        # Steps go from rate to rate, and those of an optimiser that the caller restored had decayed already.
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._get_closed_form_lr()):
+            group["lr"] = rate

@@ -920,3 +920,22 @@ def test_fashion_mnist_of_damaged_files_is_an_error_with_a_remedy(tmp_path, atte
     (tmp_path / "data" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(RuntimeError, match=r"no usable copy in .* \(.+\); put FashionMNIST/raw there"):
         load_fashion_mnist(tmp_path, download=False)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_labels_are_those_of_the_part_where_a_dataset_holds_both_D33(train):
+    class Old(Dataset):
+        train_labels, test_labels = torch.arange(20) % 4, torch.arange(20) // 5
+
+        def __init__(self):
+            self.train = train
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, i):
+            return i, int((self.train_labels if self.train else self.test_labels)[i])
+
+    data = Old()
+    for (i, j), target in (SiameseMNIST(data)[k] for k in range(20)):
+        assert target == (data[i][1] == data[j][1])

@@ -799,3 +799,37 @@ def test_affine_on_the_gpu_equals_the_oracle():
     model(images).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     assert model[0].eval()(images) is images
+
+
+# --- what users replace and change
+
+
+@pytest.mark.parametrize("head", [nn.Linear(1024, 8), nn.Sequential(nn.Dropout(), nn.Linear(1024, 8)), nn.Identity()])
+def test_dense_layers_may_be_replaced(head):
+    net = EmbeddingNet()
+    net.fc = head
+    assert net(torch.randn(3, 1, 28, 28)).shape == (3, 1024 if isinstance(head, nn.Identity) else 8)
+    if isinstance(head, nn.Identity):
+        with pytest.raises(ValueError, match="embedding_dim=D"):
+            ClassificationNet(net, 10)
+    else:
+        assert ClassificationNet(net, 10)(torch.randn(3, 1, 28, 28)).shape == (3, 10)
+
+
+def test_classifier_follows_a_replaced_last_layer_D5():
+    net = EmbeddingNet()
+    net.fc[4] = nn.Linear(256, 64)
+    assert net.embedding_dim == 64
+    assert ClassificationNet(net, 10)(torch.randn(3, 1, 28, 28)).shape == (3, 10)
+
+
+def test_embeddings_may_be_changed_in_place():
+    first, second = SiameseNet(EmbeddingNet())(torch.randn(3, 1, 28, 28), torch.randn(3, 1, 28, 28))
+    first /= first.norm(dim=1, keepdim=True).detach()
+    (first + second).sum().backward()
+
+
+def test_inputs_have_the_originals_names():
+    x = torch.randn(2, 1, 28, 28)
+    assert len(SiameseNet(EmbeddingNet())(x1=x, x2=x)) == 2
+    assert len(TripletNet(EmbeddingNet())(x1=x, x2=x, x3=x)) == 3

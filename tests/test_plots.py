@@ -261,3 +261,10 @@ def test_roc_draws_what_verification_returns():
     ax.figure.canvas.draw()
     np.testing.assert_allclose(ax.lines[0].get_xdata(), curve[0])
     np.testing.assert_allclose(ax.lines[0].get_ydata(), curve[1])
+
+
+def test_embeddings_in_half_precision_and_labels_of_any_kind_are_drawn():
+    embeddings, labels = points(30, 3)
+    embeddings, labels = torch.tensor(embeddings).bfloat16(), torch.tensor(labels, dtype=torch.float32).requires_grad_()
+    assert len(plot_embeddings(embeddings, labels).collections) == 3
+    assert len(compare_embeddings({"a": (embeddings, labels)}).axes[0].collections) == 3

@@ -4,12 +4,14 @@ import inspect
 import math
 import re
 import sys
+from collections import UserDict, namedtuple
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.optim import SGD
-from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, ExponentialLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from datasets import SiameseDataset, TripletDataset
@@ -17,7 +19,12 @@ from losses import ContrastiveLoss, OnlineContrastiveLoss, OnlineTripletLoss, Tr
 from metrics import AccumulatedAccuracyMetric, AverageNonzeroTripletsMetric, EmbeddingMetric, Metric
 from networks import ClassificationNet, SiameseNet, TripletNet
 from trainer import extract_embeddings, fit, test_epoch, train_epoch
-from utils import HardNegativePairSelector, SemihardNegativeTripletSelector
+from utils import (
+    AllTripletSelector,
+    BatchHardTripletSelector,
+    HardNegativePairSelector,
+    SemihardNegativeTripletSelector,
+)
 
 HISTORY_KEYS = ["epoch", "lr", "train_loss", "val_loss", "seconds"]
 
@@ -718,3 +725,111 @@ def test_embedding_metric_fills_the_history_of_a_validation(capsys):
     assert 0.3 < history[0]["val_recall@1"] <= 1
     assert not any(key.startswith("train_") for key in history[0] if key != "train_loss")
     assert f"recall@1 {history[0]['val_recall@1']:.4g}," in epoch_line(capsys)
+
+
+# --- averages, resuming and inputs of other kinds
+
+
+@pytest.mark.parametrize("selector", [AllTripletSelector(), BatchHardTripletSelector()])
+def test_mean_over_selected_triplets_weighs_easy_ones_too_D43_D45(selector):
+    labels = torch.arange(4).repeat_interleave(4)
+    easy = 5.0 * torch.eye(4).repeat_interleave(4, dim=0)
+    batches = [(easy, labels)] * 9 + [(easy + 1.6 * torch.randn(16, 4), labels)]
+    loss_fn = OnlineTripletLoss(1.0, selector)
+    values = [float(loss_fn(*batch)[0]) for batch in batches]
+    assert values[0] == 0 < values[-1]
+    average, _ = test_epoch(batches, nn.Identity(), loss_fn, False, [])
+    assert average == pytest.approx(sum(values) / 10)
+
+
+def test_negative_count_is_no_weight_D45():
+    average, _ = test_epoch([(torch.ones(2, 1), [])] * 2, nn.Identity(), lambda x: (x.mean(), -5), False, [])
+    assert average == 0
+
+
+@pytest.mark.parametrize("make", [lambda o: StepLR(o, 2, 0.1), lambda o: CosineAnnealingLR(o, 6)])
+def test_new_scheduler_of_a_restored_optimizer_goes_on_at_its_rate_D41(make):
+    def rates(optimizer, n_epochs, start_epoch=0):
+        options = {"n_epochs": n_epochs, "cuda": False, "log_interval": 50, "start_epoch": start_epoch}
+        loader = [(torch.ones(2, 1), [])]
+        history = fit(loader, None, model, lambda x: x.mean(), optimizer, make(optimizer), **options)
+        return [row["lr"] for row in history]
+
+    model = nn.Linear(1, 1)
+    whole = rates(SGD(model.parameters(), lr=1.0), 6)
+    first, second = SGD(model.parameters(), lr=1.0), SGD(model.parameters(), lr=1.0)
+    assert rates(first, 3) == whole[:3]
+    second.load_state_dict(first.state_dict())
+    assert rates(second, 6, start_epoch=3) == pytest.approx(whole[3:])
+
+
+def test_start_epoch_brings_a_chained_scheduler_forward_D42():
+    def rates(n_epochs, start_epoch):
+        model = nn.Linear(1, 1)
+        optimizer = SGD(model.parameters(), lr=1.0)
+        chained = ChainedScheduler([ExponentialLR(optimizer, 0.5), StepLR(optimizer, 2, 0.1)])
+        loader = [(torch.ones(2, 1), [])]
+        history = fit(loader, None, model, lambda x: x.mean(), optimizer, chained, n_epochs, False, 50, [], start_epoch)
+        return [row["lr"] for row in history]
+
+    assert rates(5, 2) == pytest.approx(rates(5, 0)[2:])
+
+
+Pair = namedtuple("Pair", ["x", "length"])
+
+
+def test_named_tuple_is_one_argument_and_moved_as_such_D46():
+    seen = []
+
+    class Net(nn.Module):
+        def forward(self, pair):
+            seen.append(pair)
+            return pair
+
+    batch = (Pair(torch.ones(2, 1), torch.tensor([1, 1])), torch.zeros(2))
+    test_epoch([batch], Net(), lambda pair, target: pair.x.mean() + target.sum(), "cpu", [])
+    assert type(seen[0]) is Pair
+
+
+def test_packed_sequence_is_one_argument_D47():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(3, 4, batch_first=True)
+
+        def forward(self, packed):
+            return self.rnn(packed)[1][0]
+
+    packed = pack_padded_sequence(torch.randn(6, 5, 3), [5, 4, 3, 2, 2, 1], batch_first=True)
+    batch = (packed, torch.tensor([0, 0, 0, 1, 1, 1]))
+    average, _ = test_epoch([batch], Net(), OnlineTripletLoss(1.0, AllTripletSelector()), "cpu", [])
+    assert average > 0
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_mapping_of_inputs_may_hold_numbers_D47(kind):
+    class Net(nn.Module):
+        def forward(self, scale, x):
+            return scale * x
+
+    batches = [(kind(scale=torch.tensor(2.0), x=torch.full((n, 1), float(n))), []) for n in (1, 3)]
+    average, _ = test_epoch(batches, Net(), lambda x: x.mean(), "cpu", [])
+    assert average == pytest.approx((1 * 2 + 3 * 6) / 4)
+
+
+def test_input_that_can_move_itself_is_moved_D47():
+    class Movable:
+        device = None
+
+        def to(self, device):
+            self.device = device
+            return self
+
+    data = Movable()
+    test_epoch([(data, [])], nn.Identity(), lambda movable: torch.tensor(1.0), "cpu", [])
+    assert data.device == torch.device("cpu")
+
+
+def test_labels_in_a_column_come_as_a_row():
+    loader = [(torch.ones(2, 1), torch.tensor([[3], [4]]))]
+    assert extract_embeddings(loader, nn.Identity())[1].tolist() == [3, 4]
