@@ -1,4 +1,4 @@
-"""Data: pairs and triplets of any labelled dataset, balanced batches, a dataset held in memory, two to try.
+"""Data: pairs and triplets of any labelled dataset, balanced batches, a dataset held in memory, three to try.
 
 The wrappers take a map-style dataset of `(x, label)`: torchvision's, ImageFolder, Subset, your own. Held in memory, a
 dataset is indexed by a list, and a loader gets whole batches without a loop over samples:
@@ -11,10 +11,15 @@ dataset is indexed by a list, and a loader gets whole batches without a loop ove
 import contextlib
 import http.client
 import io
+import json
+import zipfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, ConcatDataset, Dataset, Subset, get_worker_info
+import torch.nn.functional as F
+from torch.utils.data import BatchSampler, ConcatDataset, Dataset, Subset, TensorDataset, get_worker_info
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, as in the original
 FASHION_MNIST_MEAN, FASHION_MNIST_STD = 0.2860, 0.3530
@@ -280,6 +285,135 @@ def _torchvision_images(name, root, train, download, mean, std):
 def _no_copy(root, download, error):
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
     return f"no usable copy in {root!r}{' and none could be downloaded' if download else ''} ({reason})"
+
+
+def load_omniglot(root="data", background=True, download=True, *, size=28, rotations=False):
+    """Omniglot, characters of 50 alphabets, each drawn by 20 people (Lake et al. 2015). Prints one line that says so.
+
+    Read from the arrays `images_background.npz` and `images_evaluation.npz` where `root` or its folder `omniglot` holds
+    them: `images` (C, 20, H, W) or (N, H, W), paper 1 and ink 0; `labels`, the characters from 0, of the same leading
+    shape. A file `alphabets.json` beside them may name alphabets: a list of `{"alphabet": name, "set": "background" or
+    "evaluation", "first": character, "last": character}`. Else from torchvision's Omniglot, alphabets and their
+    characters numbered by name.
+
+    Args:
+        root: folder that holds the arrays, or holds or will hold torchvision's `omniglot-py`.
+        background: the 964 characters of 30 alphabets for training, or the 659 of 20 others for evaluation.
+        download: try to download where `root` has neither.
+        size: side of the images, brought to it by averages over areas.
+        rotations: add the drawings turned by 90, 180 and 270 degrees as characters of their own, behind the others.
+
+    Returns:
+        `InMemoryDataset` of `(x, label)`, x float32 (1, size, size) from 0, paper, to 1, ink; with `alphabets`, a list
+        of each character's (None where no file says), and `train`, whether it is the background set.
+
+    Raises:
+        RuntimeError: nothing usable in `root` and none to be downloaded.
+    """
+    part = "background" if background else "evaluation"
+    paths = [folder / f"images_{part}.npz" for folder in (Path(root), Path(root) / "omniglot")]
+    path = next((path for path in paths if path.exists()), None)
+    try:
+        read = _omniglot_files(root, part, download) if path is None else _omniglot_arrays(path, part)
+        images, labels, alphabets = read
+    except (*_NO_COPY, KeyError, zipfile.BadZipFile) as error:
+        remedy = f"put omniglot-py there, as torchvision lays it out, or images_{part}.npz"
+        raise RuntimeError(f"Omniglot: {_no_copy(root, download and path is None, error)}; {remedy}") from error
+    ink = [1 - torch.from_numpy(chunk)[:, None].float() for chunk in np.array_split(images, 1 + len(images) // 1000)]
+    data = torch.cat([F.interpolate(chunk, (size, size), mode="area") for chunk in ink])  # (N, 1, size, size)
+    if rotations:
+        labels = np.concatenate([labels + turns * len(alphabets) for turns in range(4)])
+        data = torch.cat([torch.rot90(data, turns, dims=(2, 3)) for turns in range(4)])
+        alphabets = alphabets * 4
+    dataset = InMemoryDataset(TensorDataset(data, torch.from_numpy(labels)))
+    dataset.train, dataset.alphabets = background, alphabets
+    print(f"Omniglot: {len(dataset):,} drawings of {len(alphabets):,} {part} characters.")
+    return dataset
+
+
+def _omniglot_arrays(path, part):
+    """Images (N, H, W), labels (N,) and the alphabet of each character, from arrays."""
+    with open(path, "rb") as file, np.load(file) as arrays:  # no pickle: nothing in the file is executed
+        images, labels = arrays["images"], arrays["labels"]
+    if images.ndim < 3 or images.shape[:-2] != labels.shape or labels.dtype.kind not in "iu":
+        given = f"images {images.shape} and {labels.dtype} labels {labels.shape} in {path.name}"
+        raise ValueError(f"expected images (C, 20, H, W) or (N, H, W) with as many labels, got {given}")
+    alphabets = [None] * (1 + int(labels.max()))
+    if (path.parent / "alphabets.json").exists():
+        for entry in json.loads((path.parent / "alphabets.json").read_text()):
+            if entry["set"] == part:
+                alphabets[entry["first"] : entry["last"] + 1] = [entry["alphabet"]] * (
+                    1 + entry["last"] - entry["first"]
+                )
+    return images.reshape(-1, *images.shape[-2:]), labels.reshape(-1).astype(np.int64), alphabets
+
+
+def _omniglot_files(root, part, download):
+    """Images (N, H, W), labels (N,) and the alphabet of each character, from torchvision's folders."""
+    from PIL import Image
+    from torchvision.datasets import Omniglot
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        Omniglot(root, background=part == "background", download=download)
+    folders = sorted((Path(root) / "omniglot-py" / f"images_{part}").glob("*/character*"))
+    files = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.glob("*.png"))]
+    images = np.stack([np.asarray(Image.open(path).convert("1")) for path, _ in files])
+    return images, np.asarray([label for _, label in files]), [folder.parent.name for folder in folders]
+
+
+def load_one_shot_runs(path, *, size=28):
+    """The runs of Omniglot's one-shot test, straight from its `all_runs.zip` (Lake et al. 2015).
+
+    A run shows 20 characters of an alphabet once each, and asks which of them each of 20 other drawings is.
+
+    Args:
+        path: the zip file.
+        size: side of the images, brought to it by averages over areas.
+
+    Returns:
+        A list of `(training images, test images, answers)` for each run: float32 (20, 1, size, size) from 0, paper, to
+        1, ink; the same; and int64 (20,), the training image that each test image is of the class of.
+
+    Raises:
+        ValueError: a damaged or foreign file. Nothing is written to disk, and no file of over a megabyte is unpacked.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            tables = sorted(name for name in archive.namelist() if name.endswith("/class_labels.txt"))
+            runs = [_one_shot_run(archive, table, size) for table in tables]
+    except (zipfile.BadZipFile, KeyError, OSError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} does not hold Omniglot's one-shot runs: {error}") from error
+    if not runs:
+        raise ValueError(f"{path} does not hold Omniglot's one-shot runs: no class_labels.txt in it")
+    return runs
+
+
+def _one_shot_run(archive, table, size):
+    """One run, of the drawings that its table of (test, training) names."""
+    pairs = [line.split() for line in _read(archive, table).decode().splitlines() if line.strip()]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"expected lines of a test and a training file in {table}")
+    training = sorted({pair[1] for pair in pairs})
+    test = [pair[0] for pair in pairs]
+    answers = torch.tensor([training.index(pair[1]) for pair in pairs])
+    return *(torch.cat([_drawing(archive, name, size) for name in names]) for names in (training, test)), answers
+
+
+def _drawing(archive, name, size):
+    """A drawing (1, 1, size, size), ink 1."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(_read(archive, name)), formats=["PNG"])
+    if max(image.size) > 1000:
+        raise ValueError(f"{name} is {image.size[0]} x {image.size[1]} pixels large")
+    ink = 1 - torch.from_numpy(np.asarray(image.convert("1"), dtype=np.float32))
+    return F.interpolate(ink[None, None], (size, size), mode="area")
+
+
+def _read(archive, name):
+    if archive.getinfo(name).file_size > 2**20:
+        raise ValueError(f"{name} is larger than a megabyte")
+    return archive.read(name)
 
 
 class _BundledMNIST(Dataset):

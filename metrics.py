@@ -3,7 +3,7 @@
 A metric is called on every batch, with the model's outputs, the target and what the loss returned:
 
     fit(train_loader, val_loader, model, loss_fn, ..., metrics=[EmbeddingMetric()])
-    numbers = evaluate_embeddings(embeddings, labels)  # retrieval; also knn_predict, verification, few_shot_accuracy
+    numbers = evaluate_embeddings(embeddings, labels)  # retrieval; also verification, few_shot_accuracy ...
 """
 
 import numbers
@@ -362,6 +362,36 @@ def few_shot_accuracy(embeddings, labels, n_way, n_shot, *, n_query=15, n_episod
     accuracies = torch.stack(accuracies)
     interval = 1.96 * accuracies.std(correction=1) / n_episodes**0.5 if n_episodes > 1 else torch.inf
     return float(accuracies.mean()), float(interval)
+
+
+@torch.no_grad()
+def one_shot_runs(embed, runs, *, distances=torch.cdist):
+    """Error of one-shot runs, such as Omniglot's: each test image goes to the nearest training image, by itself.
+
+    Args:
+        embed: called as `embed(images)` on the (n, C, H, W) of a run, returns what `distances` compares. A model should
+            be in evaluation mode.
+        runs: list of `(training images, test images, answers)`, answers int64 (n_test,), the indices of the training
+            images that are right, as `load_one_shot_runs` of datasets.py returns them.
+        distances: called as `distances(embedded test images, embedded training images)`, returns (n_test, n_train).
+
+    Returns:
+        `(error, errors)`: the mean over the runs, between 0 and 1, and the list of each run's.
+
+    Raises:
+        ValueError: no runs.
+
+    >>> run = torch.tensor([[[[0.0]]], [[[1.0]]]]), torch.tensor([[[[0.9]]], [[[0.8]]]]), torch.tensor([1, 0])
+    >>> one_shot_runs(lambda images: images.flatten(1), [run])
+    (0.5, [0.5])
+    """
+    if len(runs) == 0:
+        raise ValueError("expected at least one run")
+    errors = []
+    for train_images, test_images, answers in runs:
+        nearest = distances(embed(test_images), embed(train_images)).argmin(dim=1)  # (n_test,)
+        errors.append(float((nearest.cpu() != answers.cpu()).double().mean()))
+    return float(np.mean(errors)), errors
 
 
 def _check_set(embeddings, labels, like=None):

@@ -90,6 +90,39 @@ class EmbeddingNetL2(EmbeddingNet):
         return F.normalize(at_least_float32, dim=1).to(embeddings.dtype)
 
 
+class ConvNet4(nn.Module):
+    """Four blocks of convolution 3x3, batch norm, ReLU and max pool 2, the usual network of few-shot papers.
+
+    64 channels, `embedding_dim` in the last block (Vinyals et al. 2016, 4.1). What is left of the image then, a single
+    pixel of 28 x 28, is averaged.
+
+    Args:
+        embedding_dim: D, length of an embedding.
+        in_channels: channels of the image.
+
+    >>> ConvNet4()(torch.zeros(8, 1, 28, 28)).shape
+    torch.Size([8, 64])
+    """
+
+    def __init__(self, embedding_dim=64, in_channels=1):
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        widths = [in_channels, 64, 64, 64, embedding_dim]
+        self.convnet = nn.Sequential(*(self._block(*pair) for pair in itertools.pairwise(widths)))
+
+    @staticmethod
+    def _block(n_in, n_out):
+        return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2))
+
+    def forward(self, x):
+        """Embed a batch: float (B, in_channels, H, W), H and W at least 16, to (B, D)."""
+        return self.convnet(x).mean(dim=(2, 3))
+
+    def get_embedding(self, x):
+        """Embeddings (B, D) of a batch: the same as calling the network."""
+        return self(x)
+
+
 class ClassificationNet(nn.Module):
     """A classifier on top of an embedding network: PReLU, one dense layer, log-softmax. Train it with `nn.NLLLoss`.
 

@@ -1,6 +1,7 @@
 """Tests of datasets.py. In the made-up data x is the sample's own number, so an item says which samples it is of."""
 
 import http.client
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
@@ -23,7 +25,16 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, S
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
-from datasets import BalancedBatchSampler, InMemoryDataset, SiameseDataset, SiameseMNIST, TripletDataset, TripletMNIST
+from datasets import (
+    BalancedBatchSampler,
+    InMemoryDataset,
+    SiameseDataset,
+    SiameseMNIST,
+    TripletDataset,
+    TripletMNIST,
+    load_omniglot,
+    load_one_shot_runs,
+)
 from datasets import load_fashion_mnist as load_fashion_mnist_of
 from datasets import load_mnist as load_mnist_of
 
@@ -939,3 +950,178 @@ def test_labels_are_those_of_the_part_where_a_dataset_holds_both_D33(train):
     data = Old()
     for (i, j), target in (SiameseMNIST(data)[k] for k in range(20)):
         assert target == (data[i][1] == data[j][1])
+
+
+# --- Omniglot
+
+
+def made_up_characters(n_characters=3, n_drawings=4, side=105):
+    """Drawings (C, 20, H, W) as Omniglot's: paper True, ink False."""
+    return np.random.default_rng(0).random((n_characters, n_drawings, side, side)) < 0.9
+
+
+def write_characters(folder, images, part="background", **other):
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = np.arange(len(images))[:, None].repeat(images.shape[1], axis=1)
+    np.savez(folder / f"images_{part}.npz", **({"images": images, "labels": labels} | other))
+
+
+def by_areas(drawing, size):
+    """The mean of each window of pixels, as wide as they must be to cover the drawing."""
+    n = len(drawing)
+    ends = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
+    return np.array([[drawing[top:bottom, left:right].mean() for left, right in ends] for top, bottom in ends])
+
+
+@pytest.mark.parametrize("folder", ["", "omniglot"])
+@pytest.mark.parametrize("background", [True, False])
+def test_omniglot_is_read_from_arrays(tmp_path, attempts, capsys, folder, background):
+    images = made_up_characters()
+    write_characters(tmp_path / folder, images, "background" if background else "evaluation")
+    dataset = load_omniglot(tmp_path, background)
+    assert (len(dataset), dataset.train, dataset.alphabets) == (12, background, [None] * 3)
+    assert dataset.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for (x, _), drawing in zip(dataset, images.reshape(12, 105, 105)):
+        assert (x.shape, x.dtype) == ((1, 28, 28), torch.float32)
+        np.testing.assert_allclose(x[0], by_areas(1.0 - drawing, 28), atol=1e-6)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert attempts == []
+
+
+def test_omniglot_in_one_row_of_drawings_and_another_size(tmp_path):
+    images = made_up_characters()
+    write_characters(tmp_path, images.reshape(12, 105, 105)[None], labels=np.arange(12)[None] // 4)
+    dataset = load_omniglot(tmp_path, size=35)
+    assert dataset.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    np.testing.assert_allclose(dataset.data[5, 0], by_areas(1.0 - images[1, 1], 35), atol=1e-6)
+
+
+def test_omniglot_names_alphabets(tmp_path):
+    write_characters(tmp_path, made_up_characters())
+    entries = [{"alphabet": "Greek", "set": "background", "first": 0, "last": 1}]
+    entries += [{"alphabet": "Latin", "set": "evaluation", "first": 0, "last": 2}]
+    (tmp_path / "alphabets.json").write_text(json.dumps(entries))
+    assert load_omniglot(tmp_path).alphabets == ["Greek", "Greek", None]
+
+
+def test_omniglot_turns_drawings_into_other_characters(tmp_path):
+    write_characters(tmp_path, made_up_characters())
+    plain, turned = load_omniglot(tmp_path), load_omniglot(tmp_path, rotations=True)
+    assert (len(turned), len(turned.alphabets)) == (48, 12)
+    for turns in range(4):
+        part = slice(12 * turns, 12 * turns + 12)
+        assert torch.equal(turned.targets[part], plain.targets + 3 * turns)
+        expected = np.rot90(plain.data.numpy(), turns, axes=(2, 3))
+        np.testing.assert_array_equal(turned.data[part], expected)
+
+
+def test_omniglot_is_read_from_torchvisions_folders(tmp_path, monkeypatch):
+    images = made_up_characters()
+    names = [("Latin", "character02"), ("Greek", "character01"), ("Latin", "character01")]
+    for (alphabet, character), drawings in zip(names, images):
+        folder = tmp_path / "omniglot-py" / "images_background" / alphabet / character
+        folder.mkdir(parents=True)
+        for i, drawing in enumerate(drawings):
+            Image.fromarray(drawing).save(folder / f"0001_{i:02d}.png")
+    monkeypatch.setattr("torchvision.datasets.Omniglot", lambda *args, **options: None)  # it asks for its own zip file
+    dataset = load_omniglot(tmp_path)
+    assert dataset.alphabets == ["Greek", "Latin", "Latin"]
+    assert dataset.targets.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for label, c in enumerate([1, 2, 0]):
+        np.testing.assert_allclose(dataset.data[4 * label, 0], by_areas(1.0 - images[c, 0], 28), atol=1e-6)
+
+
+def test_omniglot_that_is_not_there_says_what_to_do(tmp_path, attempts):
+    with pytest.raises(RuntimeError, match=r"could be downloaded.*put omniglot-py there.*images_background.npz"):
+        load_omniglot(tmp_path)
+    assert attempts
+
+
+@pytest.mark.parametrize("damage", ["no zip", "other keys", "other shape", "float labels", "pickled"])
+def test_omniglot_in_damaged_arrays_is_an_error(tmp_path, attempts, damage):
+    images = made_up_characters()
+    write_characters(tmp_path, images)
+    path = tmp_path / "images_background.npz"
+    if damage == "no zip":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "other keys":
+        np.savez(path, pixels=images)
+    else:
+        labels = {"other shape": np.zeros(5, int), "float labels": np.zeros((3, 4)), "pickled": np.array([print])}
+        write_characters(tmp_path, images, labels=labels[damage])
+    with pytest.raises(RuntimeError, match="Omniglot: no usable copy"):
+        load_omniglot(tmp_path)
+
+
+def png(drawing):
+    file = io.BytesIO()
+    Image.fromarray(drawing).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_runs(path, n_runs=2, n=3, **files):
+    """A file of one-shot runs: test item i is of class `(i + run) % n`; files by name replace or add. The drawings."""
+    drawings = np.random.default_rng(1).random((n_runs, 2, n, 105, 105)) < 0.9
+    with zipfile.ZipFile(path, "w") as archive:
+        for run in range(n_runs):
+            name = f"run{run + 1:02d}"
+            lines = [
+                f"{name}/test/item{i + 1:02d}.png {name}/training/class{(i + run) % n + 1:02d}.png" for i in range(n)
+            ]
+            members = {f"{name}/class_labels.txt": "\n".join(lines) + "\n"}
+            for kind, part in (("training/class", 0), ("test/item", 1)):
+                members |= {f"{name}/{kind}{i + 1:02d}.png": png(drawings[run, part, i]) for i in range(n)}
+            for member, content in (members | files).items():
+                if member.startswith(name):
+                    archive.writestr(member, content)
+    return drawings
+
+
+def test_one_shot_runs_are_read_from_the_zip(tmp_path):
+    drawings = write_runs(tmp_path / "all_runs.zip")
+    runs = load_one_shot_runs(tmp_path / "all_runs.zip")
+    assert len(runs) == 2
+    for run, (train_images, test_images, answers) in enumerate(runs):
+        assert answers.tolist() == [(i + run) % 3 for i in range(3)]
+        assert train_images.shape == test_images.shape == (3, 1, 28, 28)
+        for images, expected in ((train_images, drawings[run, 0]), (test_images, drawings[run, 1])):
+            for x, drawing in zip(images, expected):
+                np.testing.assert_allclose(x[0], by_areas(1.0 - drawing, 28), atol=1e-6)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "all_runs.zip"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50), png(np.ones((2000, 30), bool)), bytes(2**21)],
+    ids=["empty", "cut off", "a GIF", "too large an image", "too large a file"],
+)
+def test_one_shot_runs_with_a_bad_drawing_are_an_error(tmp_path, content):
+    write_runs(tmp_path / "all_runs.zip", **{"run02/test/item02.png": content})
+    with pytest.raises(ValueError, match=r"all_runs.zip does not hold"):
+        load_one_shot_runs(tmp_path / "all_runs.zip")
+
+
+@pytest.mark.parametrize(
+    "table", ["", "run01/test/item01.png", "run01/test/item01.png ../../etc/passwd", "a b c", "\xff"], ids=repr
+)
+def test_one_shot_runs_with_a_bad_table_are_an_error(tmp_path, table):
+    write_runs(tmp_path / "all_runs.zip", **{"run01/class_labels.txt": table.encode("latin1")})
+    with pytest.raises(ValueError, match=r"all_runs.zip does not hold"):
+        load_one_shot_runs(tmp_path / "all_runs.zip")
+
+
+def test_one_shot_runs_in_a_file_that_is_none_are_an_error(tmp_path):
+    path = tmp_path / "all_runs.zip"
+    with pytest.raises(ValueError, match=r"all_runs.zip does not hold"):
+        load_one_shot_runs(path)
+    path.write_bytes(b"PK" + bytes(100))
+    with pytest.raises(ValueError, match=r"all_runs.zip does not hold"):
+        load_one_shot_runs(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    with pytest.raises(ValueError, match=r"no class_labels.txt"):
+        load_one_shot_runs(path)
+    write_runs(path)
+    path.write_bytes(path.read_bytes().replace(b"IDAT", b"IDOT"))  # the checksums no longer hold
+    with pytest.raises(ValueError, match=r"all_runs.zip does not hold"):
+        load_one_shot_runs(path)

@@ -1,7 +1,9 @@
 """Tests of metrics.py, against numbers worked by hand, loops and other libraries."""
 
 import itertools
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch.utils.data import DataLoader, TensorDataset
 
+from datasets import load_one_shot_runs
 from metrics import (
     AccumulatedAccuracyMetric,
     AverageNonzeroTripletsMetric,
@@ -17,6 +20,7 @@ from metrics import (
     evaluate_embeddings,
     few_shot_accuracy,
     knn_predict,
+    one_shot_runs,
     verification,
 )
 from networks import SiameseNet
@@ -1146,3 +1150,91 @@ def test_neighbours_in_several_chunks_on_the_gpu_are_those_of_the_cpu():
     for result, expected in zip(knn_predict(x.cuda(), x, labels), knn_predict(x, x, labels)):
         torch.testing.assert_close(result.cpu(), expected, rtol=0, atol=1e-12)
     assert verification(x.cuda(), labels)["auc"] == close_to(verification(x, labels)["auc"])
+
+
+# One-shot runs
+
+
+def naive_one_shot_error(runs):
+    """Test images that are nearest to another training image than the right one, by loops over pixels."""
+    errors = []
+    for train_images, test_images, answers in runs:
+        n_wrong = 0
+        for image, answer in zip(test_images.flatten(1).tolist(), answers.tolist()):
+            others = train_images.flatten(1).tolist()
+            distances = [sum((a - b) ** 2 for a, b in zip(image, other)) for other in others]
+            n_wrong += distances.index(min(distances)) != answer
+        errors.append(n_wrong / len(test_images))
+    return sum(errors) / len(errors), errors
+
+
+def made_up_runs(n_runs=3, n=5, noise=1.0):
+    runs = []
+    for run in range(n_runs):
+        generator = seeded_generator(run)
+        train_images = torch.randn(n, 1, 4, 4, generator=generator)
+        answers = torch.randperm(n, generator=generator)
+        runs.append(
+            (train_images, train_images[answers] + noise * torch.randn(n, 1, 4, 4, generator=generator), answers)
+        )
+    return runs
+
+
+def test_one_shot_error_equals_loops():
+    runs = made_up_runs(noise=3.0)
+    error, errors = one_shot_runs(lambda images: images.flatten(1), runs)
+    assert (error, errors) == (close_to(naive_one_shot_error(runs)[0]), naive_one_shot_error(runs)[1])
+    assert 0 < error < 1
+
+
+def test_one_shot_error_is_the_mean_of_the_runs():
+    sure, turned = made_up_runs(2, noise=0.0)
+    wrong = (turned[0], turned[1].roll(1, dims=0)[:2], turned[2][:2])
+    error, errors = one_shot_runs(lambda images: images.flatten(1), [sure, wrong])
+    assert errors == [0.0, 1.0]
+    assert error == 0.5
+
+
+def test_one_shot_runs_classify_each_test_image_by_itself():
+    runs = made_up_runs()
+    together = one_shot_runs(lambda images: images.flatten(1), runs)[0]
+    alone = [(train, test[i : i + 1], answers[i : i + 1]) for train, test, answers in runs for i in range(len(test))]
+    assert one_shot_runs(lambda images: images.flatten(1), alone)[0] == close_to(together)
+
+
+def test_one_shot_runs_embed_without_gradient():
+    weight = torch.ones(16, requires_grad=True)
+    seen = []
+    one_shot_runs(lambda images: seen.append(images.flatten(1) * weight) or seen[-1], made_up_runs())
+    assert not any(x.requires_grad for x in seen)
+
+
+def test_no_one_shot_runs_are_an_error():
+    with pytest.raises(ValueError, match="at least one run"):
+        one_shot_runs(lambda images: images, [])
+
+
+def modified_hausdorff_distances(test_images, train_images):
+    """Of each pair of drawings: the mean distance of one's ink to the other's nearest ink, the larger of both ways."""
+
+    def ink_of(image):
+        ink = image[0].nonzero().double()
+        return ink - ink.mean(dim=0)
+
+    def distance(a, b):
+        between = torch.cdist(a, b)
+        return float(torch.maximum(between.min(dim=0).values.mean(), between.min(dim=1).values.mean()))
+
+    tests, trains = [ink_of(image) for image in test_images], [ink_of(image) for image in train_images]
+    return torch.tensor([[distance(a, b) for b in trains] for a in tests])
+
+
+def test_one_shot_errors_on_omniglot_are_the_known_ones():
+    path = Path(os.environ.get("DATA_ROOT", "data")) / "omniglot" / "all_runs.zip"
+    if not path.exists():
+        pytest.skip("needs Omniglot's all_runs.zip in the folder omniglot of DATA_ROOT")
+    runs = load_one_shot_runs(path, size=105)
+    assert one_shot_runs(lambda images: images.flatten(1), runs)[0] == close_to(0.81)
+    assert 100 * one_shot_runs(lambda x: x, runs, distances=modified_hausdorff_distances)[0] == pytest.approx(
+        38.8, abs=0.1
+    )

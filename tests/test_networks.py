@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
-from networks import ClassificationNet, EmbeddingNet, EmbeddingNetL2, RandomAffine, SiameseNet, TripletNet
+from networks import ClassificationNet, ConvNet4, EmbeddingNet, EmbeddingNetL2, RandomAffine, SiameseNet, TripletNet
 
 GOLDEN = Path(__file__).parent / "golden" / "networks_11.npz"
 EMBEDDING_NET_NAMES = [
@@ -833,3 +833,27 @@ def test_inputs_have_the_originals_names():
     x = torch.randn(2, 1, 28, 28)
     assert len(SiameseNet(EmbeddingNet())(x1=x, x2=x)) == 2
     assert len(TripletNet(EmbeddingNet())(x1=x, x2=x, x3=x)) == 3
+
+
+# --- ConvNet4
+
+
+def test_convnet4_is_four_blocks_of_convolution_norm_relu_and_pool():
+    net = ConvNet4().eval()
+    expected = nn.Sequential()
+    for i, n_in in enumerate([1, 64, 64, 64]):
+        layers = nn.Conv2d(n_in, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)
+        expected.append(nn.Sequential(*layers))
+        expected[i].load_state_dict(net.convnet[i].state_dict())
+    x = torch.randn(5, 1, 28, 28)
+    torch.testing.assert_close(net(x), expected.eval()(x).flatten(start_dim=1))
+    assert torch.equal(net.get_embedding(x), net(x))
+    assert sum(p.numel() for p in net.parameters()) == 64 * 9 + 3 * 64 * 64 * 9 + 4 * 3 * 64
+
+
+@pytest.mark.parametrize("size", [16, 28, 32, 84])
+def test_convnet4_takes_other_sizes_channels_and_dimensions(size):
+    net = ConvNet4(embedding_dim=10, in_channels=3)
+    assert net(torch.randn(2, 3, size, size)).shape == (2, 10)
+    assert ClassificationNet(net, 7)(torch.randn(2, 3, size, size)).shape == (2, 7)
+    assert len(TripletNet(net)(*torch.randn(3, 2, 3, size, size))) == 3
