@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import epoch
+import retrieval
 import scaling
 import selection
 from common import read
@@ -16,7 +17,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def with_tables(text):
     """The text with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by that benchmark's table."""
-    for benchmark in (selection, scaling, epoch):
+    for benchmark in (selection, scaling, epoch, retrieval):
         name = benchmark.__name__
         results = read(name)
         machine = results["machine"]

@@ -1,0 +1,125 @@
+"""The experiments' results: run from the notebooks' cells, kept in results/, shown in the README."""
+
+import json
+
+import numpy as np
+import pytest
+import reproduce
+from test_datasets import write_idx
+
+SETTINGS = {"seed": 0, "epochs": reproduce.EPOCHS, "n_train": reproduce.N_TRAIN}
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Folders of their own for results and runs."""
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made_up_fashion(tmp_path_factory):
+    """A folder with a FashionMNIST of ten made-up classes: 500 training images, 260 test images."""
+    root = tmp_path_factory.mktemp("data")
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    templates = rng.integers(200, size=(10, 28, 28))
+    for part, n in (("train", 500), ("t10k", 260)):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        images = templates[labels] + rng.integers(56, size=(n, 28, 28))
+        write_idx(raw / f"{part}-images-idx3-ubyte", images.astype(np.uint8))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
+    return root
+
+
+def keep(path, metrics, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": SETTINGS | settings, "metrics": metrics, "history": []}))
+
+
+def test_summary_and_readme_agree_with_the_results():
+    assert json.loads((reproduce.RESULTS / "summary.json").read_text()) == reproduce.summary()
+    text = reproduce.README.read_text()
+    assert reproduce.with_tables(text, reproduce.summary()) == text
+    for dataset in reproduce.NOTEBOOKS:
+        assert f"<!-- results {dataset} -->" in text
+
+
+def test_every_result_is_of_all_data_and_epochs():
+    paths = [entry for entry in sorted(reproduce.RESULTS.glob("*/*.json"))]
+    assert paths
+    for path in paths:
+        experiment, seed = path.stem.rsplit("-", 1)
+        assert experiment in reproduce.EXPERIMENTS
+        assert reproduce.is_wanted(path, int(seed)), path
+
+
+@pytest.mark.parametrize("dataset", reproduce.NOTEBOOKS)
+def test_notebook_has_a_cell_for_each_experiment(dataset):
+    cells = json.loads((reproduce.ROOT / reproduce.NOTEBOOKS[dataset]).read_text())["cells"]
+    tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
+    assert all(tags.count(experiment) == 1 for experiment in reproduce.EXPERIMENTS)
+    assert "setup" in tags
+
+
+def test_mean_and_deviation_over_seeds(elsewhere):
+    for seed, loss in enumerate([1.0, 2.0, 4.5]):
+        keep(reproduce.path_of("mnist", "siamese", seed), {"val_loss": loss})
+    keep(reproduce.path_of("mnist", "triplet", 1), {"val_loss": 3.0})
+    table = reproduce.summary()
+    assert table["mnist"]["siamese"]["val_loss"] == {"mean": 2.5, "std": pytest.approx(1.8027756), "n": 3}
+    assert table["mnist"]["triplet"]["val_loss"] == {"mean": 3.0, "std": None, "n": 1}
+    text = reproduce.with_tables("a\n<!-- results mnist -->\nold\n<!-- end -->\nb", table)
+    assert "| 2.5000 ± 1.8028 |" in text
+    assert "| 3.0000 |" in text
+    assert "old" not in text
+    assert (text[:2], text[-2:]) == ("a\n", "\nb")
+
+
+def test_numbers_of_the_notebooks_own_run_are_taken(elsewhere):
+    keep(elsewhere / "runs" / "mnist" / "softmax.json", {"val_loss": 0.5})
+    reproduce.run("mnist", "softmax", 0)
+    assert json.loads(reproduce.path_of("mnist", "softmax", 0).read_text())["metrics"] == {"val_loss": 0.5}
+    assert list((elsewhere / "results" / "mnist").iterdir()) == [reproduce.path_of("mnist", "softmax", 0)]
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"epochs": 1}, {"n_train": 4000}])
+def test_a_run_of_other_settings_is_not_taken(tmp_path, other):
+    keep(tmp_path / "softmax.json", {}, **other)
+    assert not reproduce.is_wanted(tmp_path / "softmax.json", 0)
+    assert not reproduce.is_wanted(tmp_path / "missing.json", 0)
+
+
+def test_experiment_is_run_from_the_notebooks_cells(tmp_path, monkeypatch, made_up_fashion):
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(reproduce, "RUNS", reproduce.ROOT / "runs" / "test")
+    monkeypatch.setattr(reproduce, "EPOCHS", 1)
+    monkeypatch.setattr(reproduce, "N_TRAIN", 500)
+    monkeypatch.setenv("DATA_ROOT", str(made_up_fashion))
+    line = reproduce.run("fashion_mnist", "online_contrastive", 1)
+    result = json.loads(reproduce.path_of("fashion_mnist", "online_contrastive", 1).read_text())
+    assert str(result["metrics"]) in line
+    assert set(result["metrics"]) == {"val_loss", "knn5", "recall@1", "map@r", "auc", "eer"}
+    assert (result["settings"]["seed"], result["settings"]["n_train"]) == (1, 500)
+    assert len(result["history"]) == 1
+
+    monkeypatch.setattr(reproduce, "N_TRAIN", 60_000)
+    assert "did not have all 60,000" in reproduce.run("fashion_mnist", "online_contrastive", 2)
+    assert not reproduce.path_of("fashion_mnist", "online_contrastive", 2).exists()
+
+
+def test_fashion_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, made_up_fashion):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("DATA_ROOT", str(made_up_fashion))
+    monkeypatch.setenv("RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("EPOCHS", "1")
+    namespace = {}
+    for cell in json.loads((reproduce.ROOT / "Experiments_FashionMNIST.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {f"{experiment}.json" for experiment in reproduce.EXPERIMENTS} <= made
+    assert {"fashion_neighbors.png", "fashion_tsne.png", "fashion_roc.png"} <= made
