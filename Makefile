@@ -15,7 +15,8 @@ export EPOCHS ?= 20
 
 .PHONY: experiments fashion results test benchmark lab clean
 
-# glibc then keeps the memory that a batch frees instead of fetching it anew for the next: a tenth of an epoch.
+# glibc then keeps the memory that a batch frees instead of fetching it anew for the next: a training step of 250 images
+# took 41 to 48 ms on two threads with this, 48 to 70 ms without.
 experiments fashion results: export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
 experiments fashion results: export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 
@@ -34,11 +35,11 @@ test: $(VENV)/.installed-dev
 	$(BIN)/pytest
 
 benchmark: $(VENV)/.installed-dev
-	PYTHONPATH=. $(BIN)/python benchmarks/selection.py
-	PYTHONPATH=. $(BIN)/python benchmarks/scaling.py
-	PYTHONPATH=. $(BIN)/python benchmarks/epoch.py
-	PYTHONPATH=. $(BIN)/python benchmarks/retrieval.py
-	PYTHONPATH=. $(BIN)/python benchmarks/readme.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/selection.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/scaling.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/epoch.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/retrieval.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/readme.py
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab

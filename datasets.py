@@ -314,11 +314,11 @@ def load_omniglot(root="data", background=True, download=True, *, size=28, rotat
     paths = [folder / f"images_{part}.npz" for folder in (Path(root), Path(root) / "omniglot")]
     path = next((path for path in paths if path.exists()), None)
     try:
-        read = _omniglot_files(root, part, download) if path is None else _omniglot_arrays(path, part)
-        images, labels, alphabets = read
+        found = _omniglot_files(root, part, download) if path is None else _omniglot_arrays(path, part)
     except (*_NO_COPY, KeyError, zipfile.BadZipFile) as error:
         remedy = f"put omniglot-py there, as torchvision lays it out, or images_{part}.npz"
         raise RuntimeError(f"Omniglot: {_no_copy(root, download and path is None, error)}; {remedy}") from error
+    images, labels, alphabets = found
     ink = [1 - torch.from_numpy(chunk)[:, None].float() for chunk in np.array_split(images, 1 + len(images) // 1000)]
     data = torch.cat([F.interpolate(chunk, (size, size), mode="area") for chunk in ink])  # (N, 1, size, size)
     if rotations:
@@ -342,9 +342,8 @@ def _omniglot_arrays(path, part):
     if (path.parent / "alphabets.json").exists():
         for entry in json.loads((path.parent / "alphabets.json").read_text()):
             if entry["set"] == part:
-                alphabets[entry["first"] : entry["last"] + 1] = [entry["alphabet"]] * (
-                    1 + entry["last"] - entry["first"]
-                )
+                first, end = entry["first"], entry["last"] + 1
+                alphabets[first:end] = [entry["alphabet"]] * (end - first)
     return images.reshape(-1, *images.shape[-2:]), labels.reshape(-1).astype(np.int64), alphabets
 
 
@@ -381,7 +380,7 @@ def load_one_shot_runs(path, *, size=28):
         with zipfile.ZipFile(path) as archive:
             tables = sorted(name for name in archive.namelist() if name.endswith("/class_labels.txt"))
             runs = [_one_shot_run(archive, table, size) for table in tables]
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError, zlib.error) as error:
+    except (zipfile.BadZipFile, KeyError, OSError, ValueError, RuntimeError, zlib.error) as error:
         raise ValueError(f"{path} does not hold Omniglot's one-shot runs: {error}") from error
     if not runs:
         raise ValueError(f"{path} does not hold Omniglot's one-shot runs: no class_labels.txt in it")
@@ -391,8 +390,8 @@ def load_one_shot_runs(path, *, size=28):
 def _one_shot_run(archive, table, size):
     """One run, of the drawings that its table of (test, training) names."""
     pairs = [line.split() for line in _read(archive, table).decode().splitlines() if line.strip()]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"expected lines of a test and a training file in {table}")
+    if not 1 <= len(pairs) <= 1000 or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"expected 1 to 1,000 lines of a test and a training file in {table}")
     training = sorted({pair[1] for pair in pairs})
     test = [pair[0] for pair in pairs]
     answers = torch.tensor([training.index(pair[1]) for pair in pairs])
@@ -403,9 +402,11 @@ def _drawing(archive, name, size):
     """A drawing (1, 1, size, size), ink 1."""
     from PIL import Image
 
-    image = Image.open(io.BytesIO(_read(archive, name)), formats=["PNG"])
-    if max(image.size) > 1000:
-        raise ValueError(f"{name} is {image.size[0]} x {image.size[1]} pixels large")
+    content = _read(archive, name)
+    width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))  # as every PNG file begins
+    if max(width, height) > 1000:
+        raise ValueError(f"{name} is no PNG file, or one of {width} x {height} pixels")
+    image = Image.open(io.BytesIO(content), formats=["PNG"])
     ink = 1 - torch.from_numpy(np.asarray(image.convert("1"), dtype=np.float32))
     return F.interpolate(ink[None, None], (size, size), mode="area")
 

@@ -262,9 +262,7 @@ def knn_predict(embeddings, reference, reference_labels, *, n_neighbors=5):
     references, reference_labels = _check_set(reference, reference_labels, queries)
     if not 1 <= n_neighbors <= len(references):
         raise ValueError(f"expected n_neighbors from 1 to the {len(references)} references, got {n_neighbors}")
-    neighbors = torch.cat(
-        [neighbors for _, neighbors in _nearest(queries, references, n_neighbors)]
-    )  # (N, n_neighbors)
+    neighbors = torch.cat([indices for _, indices in _nearest(queries, references, n_neighbors)])  # (N, n_neighbors)
     distances = [torch.linalg.vector_norm(queries - references[column], dim=1) for column in neighbors.unbind(dim=1)]
     distances, order = torch.stack(distances, dim=1).sort(dim=1, stable=True)  # what the product left undecided
     neighbors = neighbors.gather(1, order)
@@ -307,11 +305,11 @@ def verification(embeddings, labels, *, max_pairs=None, fars=(0.001, 0.01), gene
     if not all(0 <= far <= 1 for far in fars):
         raise ValueError(f"expected false accept rates from 0 to 1, got {fars}")
     x, labels = _check_set(embeddings, labels)
-    n_pairs = len(x) * (len(x) - 1) // 2
-    is_sample = n_pairs > (50_000_000 if max_pairs is None else max_pairs)
+    max_pairs = 50_000_000 if max_pairs is None else max_pairs
+    is_sample = len(x) * (len(x) - 1) // 2 > max_pairs
     if is_sample:
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        positive, negative = _sampled_pairs(x, labels, 50_000_000 if max_pairs is None else max_pairs, generator)
+        positive, negative = _sampled_pairs(x, labels, max_pairs, generator)
     else:
         positive, negative = _all_pairs(x, labels)
     if len(positive) == 0 or len(negative) == 0:

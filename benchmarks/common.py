@@ -99,13 +99,6 @@ def time_in_turn(functions, budget=20.0, most=25):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def markdown(header, rows):
-    """A Markdown table, first column to the left, the others to the right."""
-    rows = [[str(cell) for cell in row] for row in [header, *rows]]
-    rule = [":--"] + ["--:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
-
-
 def write(name, data):
     """Write a benchmark's figures with the machine's description to results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)

@@ -15,7 +15,8 @@ import sys
 import time
 
 import torch
-from common import markdown, read, write
+from common import read, write
+from tables import markdown
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 

@@ -3,7 +3,6 @@
 python benchmarks/readme.py
 """
 
-import re
 from pathlib import Path
 
 import epoch
@@ -11,6 +10,7 @@ import retrieval
 import scaling
 import selection
 from common import read
+from tables import insert
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -22,9 +22,8 @@ def with_tables(text):
         results = read(name)
         machine = results["machine"]
         where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
-        source = f"*`make benchmark`, {machine['date']}: {where}, torch {machine['torch']}.*"
-        block = f"<!-- {name} -->\n{benchmark.table(results)}\n\n{source}\n<!-- end -->"
-        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)  # noqa: B023
+        source = f"`make benchmark`, {machine['date']}: {where}, torch {machine['torch']}."
+        text = insert(text, name, benchmark.table(results), source)
     return text
 
 

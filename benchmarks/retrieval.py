@@ -10,7 +10,8 @@ in one process. PML is pytorch-metric-learning's AccuracyCalculator with k="max_
 import sys
 
 import torch
-from common import markdown, read, time_in_turn, try_alone, write
+from common import read, time_in_turn, try_alone, write
+from tables import markdown
 
 from metrics import evaluate_embeddings
 

@@ -13,8 +13,9 @@ import sys
 
 import numpy as np
 import torch
-from common import GIB, markdown, read, try_alone, write
+from common import GIB, read, try_alone, write
 from selection import MARGIN, batch, contenders, step
+from tables import markdown
 
 from losses import BatchAllTripletLoss
 

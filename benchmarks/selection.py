@@ -15,7 +15,8 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import markdown, read, time_in_turn, try_alone, write
+from common import read, time_in_turn, try_alone, write
+from tables import markdown
 
 from losses import BatchAllTripletLoss, OnlineContrastiveLoss, OnlineTripletLoss
 from utils import (

@@ -11,12 +11,13 @@ is there is not run again, so this can be stopped at any time. Where the noteboo
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tables import insert, markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -74,7 +75,10 @@ def is_wanted(path, seed):
     """Whether a file holds a result of this seed on all data, for all epochs."""
     if not path.exists():
         return False
-    settings = json.loads(path.read_text())["settings"]
+    try:
+        settings = json.loads(path.read_text())["settings"]
+    except ValueError:  # of a run that was stopped while it wrote
+        return False
     return (settings["seed"], settings["epochs"], settings["n_train"]) == (seed, EPOCHS, N_TRAIN)
 
 
@@ -97,7 +101,7 @@ def run(dataset, experiment, seed):
             return f"{dataset}, {experiment}, seed {seed}: {reason}, see {(run_dir / 'log').relative_to(ROOT)}"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(json.loads(made.read_text()), indent=1) + "\n")
+    partial.write_text(made.read_text() + "\n")
     partial.replace(target)  # at once, so that a file is whole where there is one
     return f"{dataset}, {experiment}, seed {seed}: {json.loads(target.read_text())['metrics']}"
 
@@ -139,22 +143,20 @@ def cell(entry, digits):
 def table_of(dataset, experiments):
     """A Markdown table, a row for each experiment."""
     header = ["", "the original", "ours", "5-nn", "recall@1", "MAP@R", "AUC", "EER", "seeds"]
-    rows = [header, [":--", *["--:"] * (len(header) - 1)]]
+    rows = []
     for name, metrics in experiments.items():
         accuracy = metrics.get("val_accuracy")
         ours = f"{cell(accuracy, 2)} %" if accuracy else cell(metrics["val_loss"], 4)
         figures = [cell(metrics.get(key), 2) for key in ("knn5", "recall@1", "map@r", "auc", "eer")]
         n = metrics["val_loss"]["n"]
         rows.append([EXPERIMENTS[name], ORIGINAL[dataset].get(name, ""), ours, *figures, str(n)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(header, rows)
 
 
 def with_tables(text, table):
-    """The text with what stands between `<!-- results DATASET -->` and `<!-- end -->` replaced."""
+    """The text with the tables of the data sets behind `<!-- results DATASET -->`."""
     for dataset, experiments in table.items():
-        mark = f"<!-- results {dataset} -->"
-        block = f"{mark}\n{table_of(dataset, experiments)}\n\n*`make results`.*\n<!-- end -->"
-        text = re.sub(rf"{mark}.*?<!-- end -->", lambda _: block, text, flags=re.DOTALL)  # noqa: B023
+        text = insert(text, f"results {dataset}", table_of(dataset, experiments), "`make results`.")
     return text
 
 

@@ -7,7 +7,8 @@ import readme
 import scaling
 import selection
 import torch
-from common import RESULTS, markdown, time_in_turn, try_alone
+from common import RESULTS, time_in_turn, try_alone
+from tables import markdown
 
 has_results = pytest.mark.skipif(not (RESULTS / "epoch.json").exists(), reason="no benchmark has been run")
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tracemalloc
 import zipfile
+import zlib
 from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
@@ -827,17 +828,21 @@ def write_copy(raw):
     return images
 
 
+def assert_is_copy(dataset, pixels, train, mean, std):
+    """The dataset is that of `write_copy`, its images normalised."""
+    assert dataset.train is train
+    assert dataset.targets.tolist() == list(range(len(pixels)))
+    for i, (x, label) in enumerate(dataset):
+        assert (x.shape, x.dtype, label) == ((1, 28, 28), torch.float32, i)
+        torch.testing.assert_close(x, (torch.tensor(pixels[i])[None] / 255 - mean) / std)
+
+
 @pytest.mark.parametrize("download", [True, False])
 def test_mnist_is_the_copy_in_root(tmp_path, attempts, capsys, download):
     images = write_copy(tmp_path / "data" / "MNIST" / "raw")
     for part, train in (("train", True), ("t10k", False)):
         dataset = load_mnist(tmp_path, train, download)
-        assert dataset.train is train
-        assert dataset.targets.tolist() == list(range(len(images[part])))
-        for i, (x, label) in enumerate(dataset):
-            assert (x.dtype, label) == (torch.float32, i)
-            expected = (torch.tensor(images[part][i])[None] / 255 - 0.1307) / 0.3081
-            torch.testing.assert_close(x, expected)
+        assert_is_copy(dataset, images[part], train, 0.1307, 0.3081)
         printed = capsys.readouterr().out
         assert printed.count("\n") == 1
         assert f"all {len(dataset)}" in printed
@@ -862,13 +867,8 @@ def test_fashion_mnist_is_the_copy_in_root(tmp_path, attempts, capsys, download)
     images = write_copy(tmp_path / "data" / "FashionMNIST" / "raw")
     for part, train in (("train", True), ("t10k", False)):
         dataset = load_fashion_mnist(tmp_path, train, download)
-        assert dataset.train is train
-        assert dataset.targets.tolist() == list(range(len(images[part])))
+        assert_is_copy(dataset, images[part], train, 0.2860, 0.3530)
         assert dataset.classes == FASHION_CLASSES
-        for i, (x, label) in enumerate(dataset):
-            assert (x.shape, x.dtype, label) == ((1, 28, 28), torch.float32, i)
-            expected = (torch.tensor(images[part][i])[None] / 255 - 0.2860) / 0.3530
-            torch.testing.assert_close(x, expected)
         printed = capsys.readouterr()
         assert printed.out == f"FashionMNIST: all {len(dataset)} {'training' if train else 'test'} images.\n"
         assert printed.err == ""
@@ -1059,6 +1059,12 @@ def png(drawing):
     return file.getvalue()
 
 
+def png_header(side):
+    """The beginning of a file that claims to be so wide and high."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
 def write_runs(path, n_runs=2, n=3, **files):
     """A file of one-shot runs: test item i is of class `(i + run) % n`; files by name replace or add. The drawings."""
     drawings = np.random.default_rng(1).random((n_runs, 2, n, 105, 105)) < 0.9
@@ -1092,8 +1098,8 @@ def test_one_shot_runs_are_read_from_the_zip(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50), png(np.ones((2000, 30), bool)), bytes(2**21)],
-    ids=["empty", "cut off", "a GIF", "too large an image", "too large a file"],
+    [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50), png(np.ones((2000, 30), bool)), png_header(60000), bytes(2**21)],
+    ids=["empty", "cut off", "a GIF", "too large an image", "a bomb", "too large a file"],
 )
 def test_one_shot_runs_with_a_bad_drawing_are_an_error(tmp_path, content):
     write_runs(tmp_path / "all_runs.zip", **{"run02/test/item02.png": content})
@@ -1102,7 +1108,16 @@ def test_one_shot_runs_with_a_bad_drawing_are_an_error(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "table", ["", "run01/test/item01.png", "run01/test/item01.png ../../etc/passwd", "a b c", "\xff"], ids=repr
+    "table",
+    [
+        "run01/test/item01.png run01/training/class01.png\n" * 1001,
+        "",
+        "run01/test/item01.png",
+        "run01/test/item01.png ../../etc/passwd",
+        "a b c",
+        "\xff",
+    ],
+    ids=range(6),
 )
 def test_one_shot_runs_with_a_bad_table_are_an_error(tmp_path, table):
     write_runs(tmp_path / "all_runs.zip", **{"run01/class_labels.txt": table.encode("latin1")})

@@ -49,7 +49,7 @@ def test_summary_and_readme_agree_with_the_results():
 
 
 def test_every_result_is_of_all_data_and_epochs():
-    paths = [entry for entry in sorted(reproduce.RESULTS.glob("*/*.json"))]
+    paths = list(reproduce.RESULTS.glob("*/*.json"))
     assert paths
     for path in paths:
         experiment, seed = path.stem.rsplit("-", 1)
@@ -91,6 +91,13 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path, other):
     keep(tmp_path / "softmax.json", {}, **other)
     assert not reproduce.is_wanted(tmp_path / "softmax.json", 0)
     assert not reproduce.is_wanted(tmp_path / "missing.json", 0)
+
+
+def test_a_run_that_was_stopped_while_it_wrote_is_not_taken(tmp_path):
+    keep(tmp_path / "softmax.json", {})
+    whole = (tmp_path / "softmax.json").read_text()
+    (tmp_path / "softmax.json").write_text(whole[:-20])
+    assert not reproduce.is_wanted(tmp_path / "softmax.json", 0)
 
 
 def test_experiment_is_run_from_the_notebooks_cells(tmp_path, monkeypatch, made_up_fashion):
