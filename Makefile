@@ -1,5 +1,6 @@
 # make experiments   set up, run the MNIST notebook from top to bottom, print its table
 # make fashion       the same for FashionMNIST
+# make omniglot      the same for Omniglot, one-shot recognition; ALPHABETS=5 takes the first alphabets only
 # make results       run every experiment over three seeds on all data; write the tables into the README
 # make test          set up, lint, run the tests
 # make benchmark     time selection, its growth, a training epoch and retrieval; write the tables into the README
@@ -13,18 +14,21 @@ BIN := $(VENV)/bin
 export DATA_ROOT ?= data
 export EPOCHS ?= 20
 
-.PHONY: experiments fashion results test benchmark lab clean
+.PHONY: experiments fashion omniglot results test benchmark lab clean
 
 # glibc then keeps the memory that a batch frees instead of fetching it anew for the next: a training step of 250 images
 # took 41 to 48 ms on two threads with this, 48 to 70 ms without.
-experiments fashion results: export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
-experiments fashion results: export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
+experiments fashion omniglot results: export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
+experiments fashion omniglot results: export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 
 experiments: $(VENV)/.installed
 	$(BIN)/python scripts/run_notebook.py Experiments_MNIST.ipynb runs/mnist
 
 fashion: $(VENV)/.installed
 	$(BIN)/python scripts/run_notebook.py Experiments_FashionMNIST.ipynb runs/fashion_mnist
+
+omniglot: $(VENV)/.installed
+	$(BIN)/python scripts/run_notebook.py Experiments_Omniglot.ipynb runs/omniglot
 
 results: $(VENV)/.installed
 	$(BIN)/python scripts/reproduce.py

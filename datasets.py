@@ -374,8 +374,12 @@ def load_one_shot_runs(path, *, size=28):
         1, ink; the same; and int64 (20,), the training image that each test image is of the class of.
 
     Raises:
+        FileNotFoundError: no such file, and where to get it.
         ValueError: a damaged or foreign file. Nothing is written to disk, and no file of over a megabyte is unpacked.
     """
+    if not Path(path).exists():
+        source = "https://github.com/brendenlake/omniglot, in python/one-shot-classification"
+        raise FileNotFoundError(f"no {path}: the runs are to be had at {source}")
     try:
         with zipfile.ZipFile(path) as archive:
             tables = sorted(name for name in archive.namelist() if name.endswith("/class_labels.txt"))

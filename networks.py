@@ -112,10 +112,13 @@ class ConvNet4(nn.Module):
 
     @staticmethod
     def _block(n_in, n_out):
-        return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU(), nn.MaxPool2d(2))
+        # ReLU behind the pool instead of ahead of it: the same function and gradient, of a quarter of the values.
+        return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.MaxPool2d(2), nn.ReLU())
 
     def forward(self, x):
         """Embed a batch: float (B, in_channels, H, W), H and W at least 16, to (B, D)."""
+        if _is_eager_on_cpu(x):
+            x = _as_channels_last(x)  # with the pool ahead of ReLU, a step takes three fifths of the time
         return self.convnet(x).mean(dim=(2, 3))
 
     def get_embedding(self, x):
@@ -269,10 +272,8 @@ class _ConvPReLUPool(nn.Sequential):
 
     def forward(self, x):
         layers = list(self)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            B, C, H, W = x.shape
-            # As .contiguous(memory_format=torch.channels_last), which leaves a single channel as it is.
-            x = x.permute(0, 2, 3, 1).reshape(-1).view(B, H, W, C).permute(0, 3, 1, 2)
+        if _is_eager_on_cpu(x):
+            x = _as_channels_last(x)
             for i, (prelu, pool) in enumerate(itertools.pairwise(self)):
                 is_pair = isinstance(prelu, nn.PReLU) and isinstance(pool, nn.MaxPool2d)
                 if is_pair and bool((prelu.weight > 0).all()):
@@ -280,6 +281,16 @@ class _ConvPReLUPool(nn.Sequential):
         for layer in layers:
             x = layer(x)
         return x
+
+
+def _is_eager_on_cpu(x):
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _as_channels_last(x):
+    """As x.contiguous(memory_format=torch.channels_last), which leaves a single channel as it is."""
+    B, C, H, W = x.shape
+    return x.permute(0, 2, 3, 1).reshape(-1).view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 def _embed_together(embedding_net, *inputs):

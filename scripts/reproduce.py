@@ -23,8 +23,15 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 RUNS = ROOT / "runs"
 README = ROOT / "README.md"
-NOTEBOOKS = {"mnist": "Experiments_MNIST.ipynb", "fashion_mnist": "Experiments_FashionMNIST.ipynb"}
-EXPERIMENTS = {
+SEEDS = [0, 1, 2]
+EPOCHS = 20
+NOTEBOOKS = {
+    "mnist": "Experiments_MNIST.ipynb",
+    "fashion_mnist": "Experiments_FashionMNIST.ipynb",
+    "omniglot": "Experiments_Omniglot.ipynb",
+}
+N_TRAIN = {"mnist": 60_000, "fashion_mnist": 60_000, "omniglot": 19_280}  # results are those of the whole data sets
+DIGITS_AND_CLOTHES = {
     "softmax": "softmax",
     "siamese": "siamese, random pairs",
     "triplet": "triplet, random triplets",
@@ -33,9 +40,24 @@ EXPERIMENTS = {
     "best_2d": "online contrastive, augmented",
     "best_64d": "online contrastive, augmented, 64-D",
 }
-SEEDS = [0, 1, 2]
-EPOCHS = 20
-N_TRAIN = 60_000  # results are those of the whole data sets
+STRATEGIES = {
+    "softmax": "softmax classifier",
+    "contrastive": "contrastive, hard negative pairs",
+    "triplet_random": "triplet, random hard negatives",
+    "triplet_semihard": "triplet, semi-hard",
+    "triplet_batch_hard": "triplet, batch-hard",
+    "triplet_batch_all": "triplet, batch-all",
+}
+ONE_SHOT = {
+    "official_runs": "30 alphabets, 964 characters",
+    "official_runs_small1": "5 alphabets, 136 characters",
+    "official_runs_small2": "5 others, 156 characters",
+}
+EXPERIMENTS = {
+    "mnist": DIGITS_AND_CLOTHES,
+    "fashion_mnist": DIGITS_AND_CLOTHES,
+    "omniglot": STRATEGIES | ONE_SHOT | {"split_1200_423": "this library"},
+}
 # Validation loss or accuracy that the original's notebooks end on.
 ORIGINAL = {
     "mnist": {
@@ -53,6 +75,18 @@ ORIGINAL = {
         "online_triplet": "1.3636",
     },
 }
+# Errors in per cent on the 20 official runs, and accuracies in per cent on the 1,200 + 423 characters, as published.
+PUBLISHED_ONE_SHOT = [
+    ["people (Lake et al. 2015)", "4.5", ""],
+    ["Bayesian program learning (Lake et al. 2015)", "3.3", ""],
+    ["convolutional network (Lake et al. 2019)", "13.5", ""],
+    ["siamese network (Koch et al. 2015, 400 trials of their own)", "8.0", ""],
+]
+FEW_SHOT = ["5way_1shot", "5way_5shot", "20way_1shot", "20way_5shot"]
+PUBLISHED_FEW_SHOT = [
+    ["matching networks (Vinyals et al. 2016)", "98.1", "", "93.8", "", ""],
+    ["prototypical networks (Snell et al. 2017)", "98.8", "", "96.0", "", ""],
+]
 
 
 def path_of(dataset, experiment, seed):
@@ -71,7 +105,7 @@ def run_cells(notebook, experiment):
             exec(compile(source, f"{notebook}, {tag}", "exec"), namespace)
 
 
-def is_wanted(path, seed):
+def is_wanted(path, dataset, seed):
     """Whether a file holds a result of this seed on all data, for all epochs."""
     if not path.exists():
         return False
@@ -79,14 +113,14 @@ def is_wanted(path, seed):
         settings = json.loads(path.read_text())["settings"]
     except ValueError:  # of a run that was stopped while it wrote
         return False
-    return (settings["seed"], settings["epochs"], settings["n_train"]) == (seed, EPOCHS, N_TRAIN)
+    return (settings["seed"], settings["epochs"], settings["n_train"]) == (seed, EPOCHS, N_TRAIN[dataset])
 
 
 def run(dataset, experiment, seed):
     """Fetch one result from the notebook's own run, or make it in a process; keep it in results/."""
     target, run_dir = path_of(dataset, experiment, seed), RUNS / "results" / f"{dataset}-{experiment}-{seed}"
     made = RUNS / dataset / f"{experiment}.json"
-    if not is_wanted(made, seed):
+    if not is_wanted(made, dataset, seed):
         made = run_dir / f"{experiment}.json"
         made.unlink(missing_ok=True)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -96,8 +130,9 @@ def run(dataset, experiment, seed):
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         with open(run_dir / "log", "w") as log:
             done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
-        if done.returncode or not is_wanted(made, seed):
-            reason = "it failed" if done.returncode else f"it did not have all {N_TRAIN:,} training images"
+        if done.returncode or not is_wanted(made, dataset, seed):
+            incomplete = f"it did not have all {N_TRAIN[dataset]:,} training images"
+            reason = "it failed" if done.returncode else incomplete
             return f"{dataset}, {experiment}, seed {seed}: {reason}, see {(run_dir / 'log').relative_to(ROOT)}"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
@@ -108,7 +143,7 @@ def run(dataset, experiment, seed):
 
 def run_missing():
     """Run what has no result yet; True where all succeeded."""
-    wanted = [(d, e, seed) for seed in SEEDS for d in NOTEBOOKS for e in EXPERIMENTS]
+    wanted = [(d, e, seed) for seed in SEEDS for d in NOTEBOOKS for e in EXPERIMENTS[d]]
     missing = [entry for entry in wanted if not path_of(*entry).exists()]
     print(f"{len(missing)} of {len(wanted)} runs are missing.", flush=True)
     with ThreadPoolExecutor(int(os.environ.get("JOBS", os.cpu_count()))) as pool:
@@ -120,8 +155,8 @@ def run_missing():
 def summary():
     """Dataset -> experiment -> metric -> {"mean", "std", "n"}, over the seeds there are; std None for one."""
     table = {}
-    for dataset in NOTEBOOKS:
-        for experiment in EXPERIMENTS:
+    for dataset, experiments in EXPERIMENTS.items():
+        for experiment in experiments:
             paths = [path_of(dataset, experiment, seed) for seed in SEEDS]
             runs = [json.loads(path.read_text())["metrics"] for path in paths if path.exists()]
             for metric in runs[0] if runs else []:
@@ -132,7 +167,7 @@ def summary():
     return table
 
 
-def cell(entry, digits):
+def cell(entry, digits=2):
     """Mean and deviation as text."""
     if entry is None:
         return ""
@@ -140,23 +175,46 @@ def cell(entry, digits):
     return f"{entry['mean']:.{digits}f}{deviation}"
 
 
-def table_of(dataset, experiments):
-    """A Markdown table, a row for each experiment."""
-    header = ["", "the original", "ours", "5-nn", "recall@1", "MAP@R", "AUC", "EER", "seeds"]
-    rows = []
-    for name, metrics in experiments.items():
-        accuracy = metrics.get("val_accuracy")
-        ours = f"{cell(accuracy, 2)} %" if accuracy else cell(metrics["val_loss"], 4)
-        figures = [cell(metrics.get(key), 2) for key in ("knn5", "recall@1", "map@r", "auc", "eer")]
-        n = metrics["val_loss"]["n"]
-        rows.append([EXPERIMENTS[name], ORIGINAL[dataset].get(name, ""), ours, *figures, str(n)])
-    return markdown(header, rows)
+def rows_of(dataset, names, metrics, results):
+    """A row for each experiment that has results: its title, its metrics, how many seeds."""
+    titles = EXPERIMENTS[dataset]
+    rows = {name: results[name] for name in names if name in results}
+    return [
+        [titles[name], *(cell(entries.get(key)) for key in metrics), str(next(iter(entries.values()))["n"])]
+        for name, entries in rows.items()
+    ]
 
 
-def with_tables(text, table):
-    """The text with the tables of the data sets behind `<!-- results DATASET -->`."""
-    for dataset, experiments in table.items():
-        text = insert(text, f"results {dataset}", table_of(dataset, experiments), "`make results`.")
+def table_beside_the_original(dataset, results):
+    metrics = ["knn5", "recall@1", "map@r", "auc", "eer"]
+    rows = rows_of(dataset, EXPERIMENTS[dataset], metrics, results)
+    for row, name in zip(rows, results):
+        accuracy = results[name].get("val_accuracy")
+        ours = f"{cell(accuracy)} %" if accuracy else cell(results[name]["val_loss"], 4)
+        row[1:1] = [ORIGINAL[dataset].get(name, ""), ours]
+    return markdown(["", "the original", "ours", "5-nn", "recall@1", "MAP@R", "AUC", "EER", "seeds"], rows)
+
+
+def tables_of(summary):
+    """Name between the README's markers -> table."""
+    tables = {f"results {d}": table_beside_the_original(d, summary[d]) for d in ORIGINAL if d in summary}
+    if "omniglot" in summary:
+        results = summary["omniglot"]
+        one_shot = rows_of("omniglot", ONE_SHOT, ["error"], results)
+        few_shot = rows_of("omniglot", ["split_1200_423"], FEW_SHOT, results)
+        strategies = rows_of("omniglot", STRATEGIES, ["within_20way_error", "map@r", "minutes"], results)
+        header = ["", *(name.replace("way_", "-way ").replace("shot", "-shot") for name in FEW_SHOT), "seeds"]
+        tables["results omniglot"] = markdown(["", "error", "seeds"], [*PUBLISHED_ONE_SHOT, *one_shot])
+        tables["results omniglot_split"] = markdown(header, [*PUBLISHED_FEW_SHOT, *few_shot])
+        header = ["", "20-way error within an alphabet", "MAP@R", "minutes", "seeds"]
+        tables["results omniglot_strategies"] = markdown(header, strategies)
+    return tables
+
+
+def with_tables(text, summary):
+    """The text with the tables between `<!-- results NAME -->` and `<!-- end -->`."""
+    for name, table in tables_of(summary).items():
+        text = insert(text, name, table, "`make results`.")
     return text
 
 

@@ -1127,7 +1127,7 @@ def test_one_shot_runs_with_a_bad_table_are_an_error(tmp_path, table):
 
 def test_one_shot_runs_in_a_file_that_is_none_are_an_error(tmp_path):
     path = tmp_path / "all_runs.zip"
-    with pytest.raises(ValueError, match=r"all_runs.zip does not hold"):
+    with pytest.raises(FileNotFoundError, match=r"all_runs.zip: the runs are to be had at https://"):
         load_one_shot_runs(path)
     path.write_bytes(b"PK" + bytes(100))
     with pytest.raises(ValueError, match=r"all_runs.zip does not hold"):

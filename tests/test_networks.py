@@ -848,6 +848,12 @@ def test_convnet4_is_four_blocks_of_convolution_norm_relu_and_pool():
     x = torch.randn(5, 1, 28, 28)
     torch.testing.assert_close(net(x), expected.eval()(x).flatten(start_dim=1))
     assert torch.equal(net.get_embedding(x), net(x))
+
+    weights = torch.randn(5, 64)
+    (net.train()(x) * weights).sum().backward()
+    (expected.train()(x).flatten(start_dim=1) * weights).sum().backward()
+    for ours, theirs in zip(net.parameters(), expected.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
     assert sum(p.numel() for p in net.parameters()) == 64 * 9 + 3 * 64 * 64 * 9 + 4 * 3 * 64
 
 

@@ -1,13 +1,16 @@
 """The experiments' results: run from the notebooks' cells, kept in results/, shown in the README."""
 
+import itertools
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import reproduce
-from test_datasets import write_idx
+from test_datasets import write_characters, write_idx, write_runs
 
-SETTINGS = {"seed": 0, "epochs": reproduce.EPOCHS, "n_train": reproduce.N_TRAIN}
+SETTINGS = {"seed": 0, "epochs": reproduce.EPOCHS, "n_train": 60_000}
 
 
 @pytest.fixture
@@ -44,8 +47,8 @@ def test_summary_and_readme_agree_with_the_results():
     assert json.loads((reproduce.RESULTS / "summary.json").read_text()) == reproduce.summary()
     text = reproduce.README.read_text()
     assert reproduce.with_tables(text, reproduce.summary()) == text
-    for dataset in reproduce.NOTEBOOKS:
-        assert f"<!-- results {dataset} -->" in text
+    for name in reproduce.tables_of(reproduce.summary()):
+        assert f"<!-- {name} -->" in text
 
 
 def test_every_result_is_of_all_data_and_epochs():
@@ -53,15 +56,15 @@ def test_every_result_is_of_all_data_and_epochs():
     assert paths
     for path in paths:
         experiment, seed = path.stem.rsplit("-", 1)
-        assert experiment in reproduce.EXPERIMENTS
-        assert reproduce.is_wanted(path, int(seed)), path
+        assert experiment in reproduce.EXPERIMENTS[path.parent.name]
+        assert reproduce.is_wanted(path, path.parent.name, int(seed)), path
 
 
 @pytest.mark.parametrize("dataset", reproduce.NOTEBOOKS)
 def test_notebook_has_a_cell_for_each_experiment(dataset):
     cells = json.loads((reproduce.ROOT / reproduce.NOTEBOOKS[dataset]).read_text())["cells"]
     tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
-    assert all(tags.count(experiment) == 1 for experiment in reproduce.EXPERIMENTS)
+    assert all(tags.count(experiment) == 1 for experiment in reproduce.EXPERIMENTS[dataset])
     assert "setup" in tags
 
 
@@ -89,22 +92,22 @@ def test_numbers_of_the_notebooks_own_run_are_taken(elsewhere):
 @pytest.mark.parametrize("other", [{"seed": 1}, {"epochs": 1}, {"n_train": 4000}])
 def test_a_run_of_other_settings_is_not_taken(tmp_path, other):
     keep(tmp_path / "softmax.json", {}, **other)
-    assert not reproduce.is_wanted(tmp_path / "softmax.json", 0)
-    assert not reproduce.is_wanted(tmp_path / "missing.json", 0)
+    assert not reproduce.is_wanted(tmp_path / "softmax.json", "mnist", 0)
+    assert not reproduce.is_wanted(tmp_path / "missing.json", "mnist", 0)
 
 
 def test_a_run_that_was_stopped_while_it_wrote_is_not_taken(tmp_path):
     keep(tmp_path / "softmax.json", {})
     whole = (tmp_path / "softmax.json").read_text()
     (tmp_path / "softmax.json").write_text(whole[:-20])
-    assert not reproduce.is_wanted(tmp_path / "softmax.json", 0)
+    assert not reproduce.is_wanted(tmp_path / "softmax.json", "mnist", 0)
 
 
 def test_experiment_is_run_from_the_notebooks_cells(tmp_path, monkeypatch, made_up_fashion):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(reproduce, "RUNS", reproduce.ROOT / "runs" / "test")
     monkeypatch.setattr(reproduce, "EPOCHS", 1)
-    monkeypatch.setattr(reproduce, "N_TRAIN", 500)
+    monkeypatch.setitem(reproduce.N_TRAIN, "fashion_mnist", 500)
     monkeypatch.setenv("DATA_ROOT", str(made_up_fashion))
     line = reproduce.run("fashion_mnist", "online_contrastive", 1)
     result = json.loads(reproduce.path_of("fashion_mnist", "online_contrastive", 1).read_text())
@@ -113,20 +116,56 @@ def test_experiment_is_run_from_the_notebooks_cells(tmp_path, monkeypatch, made_
     assert (result["settings"]["seed"], result["settings"]["n_train"]) == (1, 500)
     assert len(result["history"]) == 1
 
-    monkeypatch.setattr(reproduce, "N_TRAIN", 60_000)
+    monkeypatch.setitem(reproduce.N_TRAIN, "fashion_mnist", 60_000)
     assert "did not have all 60,000" in reproduce.run("fashion_mnist", "online_contrastive", 2)
     assert not reproduce.path_of("fashion_mnist", "online_contrastive", 2).exists()
 
 
-def test_fashion_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, made_up_fashion):
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    monkeypatch.setenv("DATA_ROOT", str(made_up_fashion))
-    monkeypatch.setenv("RUN_DIR", str(tmp_path))
-    monkeypatch.setenv("EPOCHS", "1")
+def run_notebook(name, monkeypatch, **variables):
+    """Execute the code of a notebook in this process; what it prints is what pytest captures."""
+    for key, value in ({"MPLBACKEND": "Agg"} | variables).items():
+        monkeypatch.setenv(key, str(value))
     namespace = {}
-    for cell in json.loads((reproduce.ROOT / "Experiments_FashionMNIST.ipynb").read_text())["cells"]:
+    for cell in json.loads((reproduce.ROOT / name).read_text())["cells"]:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), namespace)
+
+
+def test_fashion_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, made_up_fashion):
+    run_notebook("Experiments_FashionMNIST.ipynb", monkeypatch, DATA_ROOT=made_up_fashion, RUN_DIR=tmp_path, EPOCHS=1)
     made = {path.name for path in tmp_path.iterdir()}
-    assert {f"{experiment}.json" for experiment in reproduce.EXPERIMENTS} <= made
+    assert {f"{experiment}.json" for experiment in reproduce.EXPERIMENTS["fashion_mnist"]} <= made
     assert {"fashion_neighbors.png", "fashion_tsne.png", "fashion_roc.png"} <= made
+
+
+def test_omniglot_notebook_runs_on_made_up_characters(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "omniglot"
+    rng = np.random.default_rng(0)
+    entries = []
+    for part, n_characters in (("background", 1180), ("evaluation", 80)):
+        strokes = rng.random((n_characters, 1, 7, 7)) < 0.3
+        images = np.kron(strokes, np.ones((4, 4), bool)) ^ (rng.random((n_characters, 20, 28, 28)) < 0.1)
+        write_characters(folder, ~images, part)
+        ends = range(0, n_characters + 1, 40) if part == "evaluation" else [0, 40, 80, n_characters]
+        entries += [
+            {"alphabet": f"{part} {first}", "set": part, "first": first, "last": end - 1}
+            for first, end in itertools.pairwise(ends)
+        ]
+    (folder / "alphabets.json").write_text(json.dumps(entries))
+    write_runs(folder / "all_runs.zip", n=20)
+    run_dir = tmp_path / "runs"
+    run_notebook("Experiments_Omniglot.ipynb", monkeypatch, DATA_ROOT=tmp_path, RUN_DIR=run_dir, EPOCHS=0, ALPHABETS=2)
+    made = {path.name for path in run_dir.iterdir()}
+    assert {f"{experiment}.json" for experiment in reproduce.EXPERIMENTS["omniglot"]} <= made
+    assert {"omniglot_run.png", "omniglot_answers.png", "omniglot_unseen.png", "omniglot_collapsed.png"} <= made
+    assert "40 questions" in capsys.readouterr().out
+
+
+def test_omniglot_notebook_takes_a_minute_on_the_first_alphabets(tmp_path, monkeypatch):
+    root = os.environ.get("DATA_ROOT", "data")
+    if not (Path(root) / "omniglot" / "all_runs.zip").exists():
+        pytest.skip("needs Omniglot, with all_runs.zip, in the folder omniglot of DATA_ROOT")
+    run_notebook("Experiments_Omniglot.ipynb", monkeypatch, DATA_ROOT=root, RUN_DIR=tmp_path, EPOCHS=1, ALPHABETS=5)
+    results = {path.stem: json.loads(path.read_text())["metrics"] for path in tmp_path.glob("*.json")}
+    assert results["official_runs"]["error"] < 60  # raw pixels: 81
+    assert results["split_1200_423"]["5way_1shot"] > 75
