@@ -318,7 +318,7 @@ def verification(embeddings, labels, *, max_pairs=None, fars=(0.001, 0.01), gene
     return {**values, "n_positive": len(positive), "n_negative": len(negative), "is_sample": is_sample}
 
 
-def few_shot_accuracy(embeddings, labels, n_way, n_shot, *, n_query=15, n_episodes=1000, generator=None):
+def few_shot_accuracy(embeddings, labels, n_way, n_shot, *, n_query=15, n_episodes=1000, groups=None, generator=None):
     """Accuracy of N-way K-shot episodes: each query goes to the nearest prototype (Snell et al. 2017).
 
     An episode draws `n_way` classes, and of each `n_shot` samples, whose mean is the prototype, and `n_query` others to
@@ -329,6 +329,8 @@ def few_shot_accuracy(embeddings, labels, n_way, n_shot, *, n_query=15, n_episod
         labels: (N,), whole numbers.
         n_way, n_shot, n_query: classes, samples and queries of each class in an episode.
         n_episodes: how many episodes.
+        groups: (N,), whole numbers: an episode draws its classes from one group, such as the characters of an alphabet,
+            and groups take turns; those with fewer than `n_way` classes are left out. None for all classes in one.
         generator: `torch.Generator` on the CPU for the draw; None draws the same episodes every time.
 
     Returns:
@@ -336,7 +338,8 @@ def few_shot_accuracy(embeddings, labels, n_way, n_shot, *, n_query=15, n_episod
         interval, 1.96 standard errors; infinite for one episode.
 
     Raises:
-        ValueError: other shapes, values that are not finite, or fewer than `n_way` classes of enough samples.
+        ValueError: other shapes, values that are not finite, a class in two groups, or fewer than `n_way` classes of
+            enough samples.
 
     >>> few_shot_accuracy([[0.0], [0.1], [5.0], [5.1]], [0, 0, 1, 1], n_way=2, n_shot=1, n_query=1, n_episodes=10)
     (1.0, 0.0)
@@ -346,12 +349,14 @@ def few_shot_accuracy(embeddings, labels, n_way, n_shot, *, n_query=15, n_episod
     counts = labels.unique(return_counts=True)[1].tolist()
     n_drawn = n_shot + n_query
     classes = [samples for samples in labels.argsort(stable=True).split(counts) if len(samples) >= n_drawn]
-    if min(n_way, n_shot, n_query, n_episodes) < 1 or len(classes) < n_way:
-        need = f"{n_way} classes of at least {n_shot} + {n_query} samples"
+    of_groups = [group for group in _by_group(classes, groups, x) if len(group) >= n_way]
+    if min(n_way, n_shot, n_query, n_episodes) < 1 or not of_groups:
+        need = f"{n_way} classes of at least {n_shot} + {n_query} samples{'' if groups is None else ' in one group'}"
         raise ValueError(f"expected {need}, and numbers of at least 1; {len(classes)} classes have so many")
     truth = torch.arange(n_way, device=x.device)[:, None]
     accuracies = []
-    for _ in range(n_episodes):
+    for episode in range(n_episodes):
+        classes = of_groups[episode % len(of_groups)]
         ways = [classes[c] for c in torch.randperm(len(classes), generator=generator)[:n_way].tolist()]
         drawn = [way[torch.randperm(len(way), generator=generator)[:n_drawn].to(way.device)] for way in ways]
         support, query = x[torch.stack(drawn)].split((n_shot, n_query), dim=1)  # (n_way, n_shot | n_query, D)
@@ -360,6 +365,20 @@ def few_shot_accuracy(embeddings, labels, n_way, n_shot, *, n_query=15, n_episod
     accuracies = torch.stack(accuracies)
     interval = 1.96 * accuracies.std(correction=1) / n_episodes**0.5 if n_episodes > 1 else torch.inf
     return float(accuracies.mean()), float(interval)
+
+
+def _by_group(classes, groups, x):
+    """Lists of the classes of each group; a class is its samples (n,)."""
+    if groups is None:
+        return [classes]
+    groups = _check_set(x, groups)[1]
+    by_group = {}
+    for samples in classes:
+        own = groups[samples].unique().tolist()
+        if len(own) > 1:
+            raise ValueError(f"expected each class in one group, got one with samples in groups {own}")
+        by_group.setdefault(own[0], []).append(samples)
+    return list(by_group.values())
 
 
 @torch.no_grad()

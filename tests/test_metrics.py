@@ -910,6 +910,38 @@ def test_few_shot_episodes_are_the_same_each_time_or_as_a_generator_says():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_few_shot_episodes_stay_within_a_group():
+    x = torch.tensor([[0.0], [1.0], [2.0], [0.0], [1.0], [2.0], [7.0]]).repeat_interleave(4, dim=0)
+    labels = torch.arange(7).repeat_interleave(4)  # 0 and 3, 1 and 4, 2 and 5 are not to be told apart
+    groups = torch.tensor([8, 8, 8, 5, 5, 5, 2]).repeat_interleave(4)
+    assert few_shot_accuracy(x, labels, 3, 2, n_query=2, n_episodes=50, groups=groups) == (1.0, 0.0)
+    assert few_shot_accuracy(x, labels, 3, 2, n_query=2, n_episodes=50)[0] < 1
+
+
+def test_few_shot_groups_take_turns():
+    x = torch.tensor([0.0, 1.0, 5.0, 5.0, 2.0]).repeat_interleave(4)[:, None]
+    labels = torch.arange(5).repeat_interleave(4)
+    groups = torch.tensor([0, 0, 1, 1, 2]).repeat_interleave(4)  # of 2, 2 and 1 classes; the last is left out
+    accuracy, _ = few_shot_accuracy(x, labels, 2, 1, n_query=3, n_episodes=10, groups=groups)
+    assert accuracy == close_to(0.75)  # 1 in the first, 1/2 in the second
+    one_group = few_shot_accuracy(x, labels, 2, 1, n_query=3, n_episodes=10, groups=torch.zeros(20, dtype=torch.int64))
+    assert one_group == few_shot_accuracy(x, labels, 2, 1, n_query=3, n_episodes=10)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([0, 0, 0, 1] * 4, "each class in one group"),
+        ([0] * 4 + [1] * 4 + [2] * 4 + [3] * 4, "2 classes of at least 1 . 2 samples in one group"),
+        ([0, 1, 2], "of each of 16"),
+    ],
+)
+def test_few_shot_refuses_groups_that_are_none(groups, message):
+    x, labels = torch.arange(16.0)[:, None], torch.arange(4).repeat_interleave(4)
+    with pytest.raises(ValueError, match=message):
+        few_shot_accuracy(x, labels, 2, 1, n_query=2, groups=groups)
+
+
 def test_few_shot_leaves_out_classes_that_are_too_small():
     x = torch.tensor([[0.0]] * 4 + [[9.0]] * 4 + [[0.1], [9.1], [0.2]])
     labels = [0] * 4 + [1] * 4 + [2, 2, 2]  # a class that would confuse
