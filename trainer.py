@@ -6,11 +6,19 @@ It is handed loaders of `(data, target)`, a model, a loss, an optimiser, a sched
 """
 
 import contextlib
+import io
 import os
+import pickle
+import random
 import time
+import types
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
@@ -28,6 +36,10 @@ def fit(
     log_interval,
     metrics=[],
     start_epoch=0,
+    *,
+    checkpoint=None,
+    monitor=None,
+    mode="min",
 ):
     """Train a model, and validate it after every epoch.
 
@@ -41,6 +53,13 @@ def fit(
 
     A tqdm bar shows in a terminal and in a notebook; elsewhere, or with TQDM_DISABLE=1 in the environment, a line is
     printed every `log_interval` batches. A line is printed for each epoch.
+
+    With a `checkpoint`, all that the run depends on is written to that file after every epoch: weights, optimiser,
+    scheduler, history and random states (torch's, numpy's, Python's, and those of generators that loaders, model, loss
+    and metrics hold). The same call then goes on where the file ends. On a CPU, without persistent workers, it ends in
+    the same weights and history, bit for bit, as without the interruption; seconds apart. When an error or Ctrl-C ends
+    a run, what the unfinished epoch has trained is written to `CHECKPOINT.interrupted`, for you alone: the call goes on
+    from the whole epoch before. `torch.load(checkpoint, weights_only=True)["model"]` is the model's state dict.
 
     Args:
         train_loader: DataLoader, or any iterable of batches.
@@ -57,6 +76,10 @@ def fit(
         metrics: list of `Metric`, called as `metric(outputs, target, loss_outputs)` with tuples of outputs and target.
         start_epoch: number of epochs already trained: 8 begins with the ninth. A scheduler that has made fewer steps is
             brought forward; one that keeps no `last_epoch` is left as it is.
+        checkpoint: path of a file to keep the run in, and to resume it from where there is one; None for none.
+        monitor: entry of the history, such as "val_loss" or "val_map@r": the best epoch by it is written to
+            `CHECKPOINT.best` as well; None for none.
+        mode: whether "min" or "max" of it is best.
 
     Returns:
         The history: a list with a dict for each epoch, of `epoch` (from 1), `lr` (of the first parameter group),
@@ -64,13 +87,22 @@ def fit(
         one whose value is a dict has an entry for each key instead, and one whose value is None has none.
 
     Raises:
-        ValueError: an empty loader, or a batch that is not `(data, target)`.
+        ValueError: an empty loader, or a batch that is not `(data, target)`; a checkpoint that is damaged, no file of
+            `fit`, or of another model, optimiser, scheduler or longer run: it is left as it is.
         FloatingPointError: a loss that is not finite, naming epoch and batch. On a CPU the optimiser has not made the
             step, so the weights are those of the batch before; on a GPU losses are read every `log_interval` batches.
     """
-    _bring_forward(scheduler, start_epoch)
     history = []
-    with _keep_modes(model):
+    file = contextlib.nullcontext()
+    if checkpoint is not None:
+        _to_device(model, cuda)
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loss_fn": loss_fn}
+        file = _Checkpoint(
+            checkpoint, monitor, mode, parts, (train_loader, val_loader, model, loss_fn, metrics), history
+        )
+        start_epoch = file.resume(start_epoch, n_epochs)
+    _bring_forward(scheduler, start_epoch)
+    with _keep_modes(model), file:
         for epoch in range(start_epoch, n_epochs):
             began = time.perf_counter()
             row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
@@ -92,6 +124,8 @@ def fit(
                 scheduler.step()
             row["seconds"] = time.perf_counter() - began
             history.append(row)
+            if checkpoint is not None:
+                file.keep(epoch + 1)
             tqdm.write(_summary(title, row))
     return history
 
@@ -155,9 +189,7 @@ def extract_embeddings(loader, model, device=None):
 
 def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, optimizer=None):
     """One pass: fetch, forward, and with an optimiser backward and step. Returns the average loss and the metrics."""
-    device = _device(cuda)
-    if device is not None:
-        model.to(device)
+    device = _to_device(model, cuda)
     for metric in metrics:
         metric.reset()
 
@@ -312,6 +344,13 @@ def _device(cuda):
     return torch.device(cuda)
 
 
+def _to_device(model, cuda):
+    device = _device(cuda)
+    if device is not None:
+        model.to(device)
+    return device
+
+
 def _bring_forward(scheduler, start_epoch):
     """Steps that the scheduler missed before `start_epoch`; one that the caller restored has made them."""
     if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
@@ -326,3 +365,203 @@ def _bring_forward(scheduler, start_epoch):
         # Steps go from rate to rate, and those of an optimiser that the caller restored had decayed already.
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler._get_closed_form_lr()):
             group["lr"] = rate
+
+
+class _Checkpoint:
+    """The file of a run: `resume` from it, `keep` each epoch; as a context it keeps what an error interrupts.
+
+    Args:
+        path, monitor, mode: as for `fit`.
+        parts: dict of what has a state: model, optimiser, scheduler, loss; None for those that there are not.
+        holders: what may hold random generators.
+        history: the list that `fit` fills.
+    """
+
+    FORMAT = "siamese-triplet run, 1"
+
+    def __init__(self, path, monitor, mode, parts, holders, history):
+        if mode not in ("min", "max"):
+            raise ValueError(f'expected mode "min" or "max", got {mode!r}')
+        self.path = Path(path)
+        self.monitor = monitor
+        self.sign = 1 if mode == "min" else -1
+        self.parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        self.generators = [torch.default_generator, np.random, random, *_generators(holders)]
+        self.history = history
+        self.epoch = 0
+
+    def resume(self, start_epoch, n_epochs):
+        """Bring all parts to the state in the file; the epochs trained, `start_epoch` where there is no file."""
+        self.epoch = start_epoch
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _read(io.BytesIO(_as_bytes(self._state())))  # what cannot be read back should be known before training
+            except ValueError as error:
+                raise ValueError(f"the state of this run cannot be kept in a file: {error}") from error
+            return start_epoch
+        try:
+            state = _read(self.path)
+            self._check(state, start_epoch, n_epochs)
+        except (ValueError, OSError) as error:
+            remedy = "It is left as it is: name another file, or move it away"
+            raise ValueError(f"cannot resume from {self.path}: {error}. {remedy}") from error
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        for generator, random_state in zip(self.generators, state["random"]):
+            _set_random_state(generator, random_state)
+        if torch.cuda.is_available() and state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        self.history.extend(state["history"])
+        self.epoch = state["epoch"]
+        return self.epoch
+
+    def keep(self, epoch):
+        """Write the state after an epoch."""
+        self.epoch = epoch
+        content = _as_bytes(self._state())
+        if self._is_best():  # first, since a run that dies between the two repeats the epoch
+            _replace(self._sibling("best"), content)
+        _replace(self.path, content)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            try:
+                _replace(self._sibling("interrupted"), _as_bytes(self._state()))
+            except Exception as second:  # the first error is the one to be seen
+                warnings.warn(f"what the interrupted epoch trained could not be kept: {second}", stacklevel=2)
+
+    def _state(self):
+        return {name: part.state_dict() for name, part in self.parts.items()} | {
+            "format": self.FORMAT,
+            "epoch": self.epoch,
+            "history": [{key: _plain(value) for key, value in row.items()} for row in self.history],
+            "optimizer_name": type(self.parts["optimizer"]).__name__,
+            "scheduler_name": type(self.parts.get("scheduler")).__name__,
+            "random": [_random_state(generator) for generator in self.generators],
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def _check(self, state, start_epoch, n_epochs):
+        """ValueError for a state that is not of this run."""
+        own = self._state()
+        if not isinstance(state, dict) or state.get("format") != self.FORMAT or state.keys() != own.keys():
+            raise ValueError("it is no checkpoint of fit with the same parts")
+        there, here = ({key: _kind(x) for key, x in s["model"].items()} for s in (state, own))
+        for key in [*here, *there]:
+            if there.get(key) != here.get(key):
+                raise ValueError(f"its model has {key} of {there.get(key)}, this one of {here.get(key)}")
+        expected = {
+            "optimiser": lambda s: s["optimizer_name"],
+            "numbers of parameters in the optimiser's groups": lambda s: [
+                len(group["params"]) for group in s["optimizer"]["param_groups"]
+            ],
+            "scheduler": lambda s: s["scheduler_name"],
+            "number of random generators": lambda s: len(s["random"]),
+        }
+        for name, of in expected.items():
+            if of(state) != of(own):
+                raise ValueError(f"its {name}: {of(state)}, here: {of(own)}")
+        if start_epoch not in (0, state["epoch"]) or state["epoch"] > n_epochs:
+            raise ValueError(
+                f"it ends with epoch {state['epoch']}, for start_epoch={start_epoch} and n_epochs={n_epochs}"
+            )
+
+    def _is_best(self):
+        if self.monitor is None:
+            return False
+        value = self.history[-1].get(self.monitor)
+        if not isinstance(value, (int, float)):
+            entries = ", ".join(self.history[-1])
+            raise ValueError(f"monitor={self.monitor!r} is no number of the history, whose entries are {entries}")
+        earlier = [row[self.monitor] for row in self.history[:-1] if isinstance(row.get(self.monitor), (int, float))]
+        return all(self.sign * value < self.sign * other for other in earlier)
+
+    def _sibling(self, name):
+        return self.path.with_name(f"{self.path.name}.{name}")
+
+
+def _as_bytes(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _replace(path, content):
+    """Write a file at once: it is the old one or the new one, whenever the process may die."""
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _read(source):
+    """What `torch.save` wrote, of tensors and plain values alone: nothing in the file is executed."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            damaged = archive.testzip()  # torch.load does not compare checksums
+        if damaged is not None:
+            raise ValueError(f"it is damaged, in {damaged}")
+        if hasattr(source, "seek"):
+            source.seek(0)
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"it holds more than tensors and plain values ({str(error).splitlines()[0]})") from error
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is damaged, or none that torch.save wrote ({type(error).__name__})") from error
+
+
+def _plain(value):
+    """Numbers of numpy and torch as Python's; text for what a file of weights may not hold."""
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _kind(x):
+    return f"{tuple(x.shape)} {x.dtype}" if torch.is_tensor(x) else type(x).__name__
+
+
+def _generators(holders):
+    """Random generators that objects hold, and those that these hold in turn, in the order of their attributes."""
+    found, seen, queue = [], set(), list(holders)
+    while queue:
+        x = queue.pop(0)
+        if id(x) in seen or isinstance(x, (type, types.ModuleType, types.FunctionType, torch.Tensor, np.ndarray)):
+            continue
+        seen.add(id(x))
+        if isinstance(x, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+            found.append(x)
+        elif isinstance(x, (list, tuple, Mapping)):
+            queue.extend([] if len(x) > 100 else x.values() if isinstance(x, Mapping) else x)  # longer ones are data
+        elif hasattr(x, "__dict__"):
+            queue.extend(value for name, value in vars(x).items() if name != "_iterator")  # of persistent workers
+    return found
+
+
+def _random_state(generator):
+    """The state of a generator, or of numpy's or Python's module of random numbers, as tensor or plain values."""
+    if isinstance(generator, np.random.Generator):
+        return _without_arrays(generator.bit_generator.state)
+    return _without_arrays(generator.getstate() if hasattr(generator, "getstate") else generator.get_state())
+
+
+def _set_random_state(generator, state):
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif hasattr(generator, "setstate"):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _without_arrays(state):
+    if isinstance(state, dict):
+        return {key: _without_arrays(value) for key, value in state.items()}
+    if isinstance(state, tuple):
+        return tuple(map(_without_arrays, state))
+    return state.tolist() if isinstance(state, (np.ndarray, np.generic)) else state
