@@ -11,9 +11,11 @@ dataset is indexed by a list, and a loader gets whole batches without a loop ove
 import contextlib
 import http.client
 import io
+import itertools
 import json
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -132,47 +134,74 @@ class BalancedBatchSampler(BatchSampler):
     samples gives some of them more than once. An epoch is `len(labels) // (n_classes * n_samples)` batches. Iterators
     do not disturb each other.
 
+    Several processes, each with its `rank`, get batches of their own, dealt from the same cards: each class to one of
+    them before any to two, and no sample to two at a step, but of classes that have too few. An epoch is
+    `len(labels) // (num_replicas * n_classes * n_samples)` batches for each.
+
     Args:
         labels: one for each sample; list, array or tensor, (N,) or (N, 1).
         n_classes: classes a batch, C at most.
         n_samples: samples a class.
         generator: `torch.Generator` that seeds each iterator; None takes torch's own, which `torch.manual_seed`
             governs.
+        num_replicas, rank: how many processes draw, and the number of this one from 0; None for one.
+        seed: in place of a generator, the same in all processes: an epoch's batches then depend on it and on the number
+            given to `set_epoch`. None with several processes is 0.
 
     Raises:
-        ValueError: fewer classes than `n_classes`, or fewer labels than a batch has.
+        ValueError: fewer classes than `n_classes`, fewer labels than the batches of a step have, a rank that is none of
+            0 to `num_replicas` - 1, or both generator and seed.
 
     >>> sampler = BalancedBatchSampler([0, 0, 1, 1, 2, 2], n_classes=3, n_samples=1)
     >>> [sorted(i // 2 for i in batch) for batch in sampler]
     [[0, 1, 2], [0, 1, 2]]
     """
 
-    def __init__(self, labels, n_classes, n_samples, *, generator=None):
+    def __init__(self, labels, n_classes, n_samples, *, generator=None, num_replicas=None, rank=None, seed=None):
         class_of, names = _class_numbers(labels)
         if n_classes < 1 or n_samples < 1:
             raise ValueError(f"expected n_classes and n_samples of at least 1, got {n_classes} and {n_samples}")
         if n_classes > len(names):
             raise ValueError(f"n_classes={n_classes}, but the labels have {len(names)} classes")
-        if n_classes * n_samples > len(class_of):
-            raise ValueError(f"a batch of {n_classes} x {n_samples} exceeds the {len(class_of)} samples")
+        if (num_replicas is None) != (rank is None) or (rank is not None and not 0 <= rank < num_replicas):
+            raise ValueError(f"expected rank from 0 to num_replicas - 1, got {rank} and num_replicas={num_replicas}")
+        if generator is not None and (seed is not None or num_replicas is not None):
+            raise ValueError("give several processes a seed, not a generator; and not both")
         self.n_classes = n_classes
         self.n_samples = n_samples
         self.batch_size = n_classes * n_samples
         self.drop_last = True
         self.generator = generator
+        self.num_replicas, self.rank = (1, 0) if rank is None else (num_replicas, rank)
+        self.seed = 0 if seed is None and num_replicas is not None else seed
+        self.epoch = 0
+        self._n_batches = len(class_of) // (self.num_replicas * self.batch_size)
+        if self._n_batches == 0:
+            batch = f"{n_classes} x {n_samples}" + (f" in {num_replicas} processes" if num_replicas is not None else "")
+            raise ValueError(f"a batch of {batch} exceeds the {len(class_of)} samples")
         self._samples_of = np.split(np.argsort(class_of, kind="stable"), np.cumsum(np.bincount(class_of))[:-1])
-        self._n_batches = len(class_of) // (n_classes * n_samples)
 
     def __len__(self):
         return self._n_batches
 
+    def set_epoch(self, epoch):
+        """Choose the batches of an epoch, where there is a seed; `fit` does so before each."""
+        self.epoch = epoch
+
     def __iter__(self):
         """Yield batches, each a list of ints."""
-        rng = np.random.default_rng(int(torch.randint(2**62, (), generator=self.generator)))
-        hands_of_classes = _deal(np.arange(len(self._samples_of)), self.n_classes, rng)
-        hands_of_samples = [_deal(samples, self.n_samples, rng) for samples in self._samples_of]
+        if self.seed is None:
+            rng = np.random.default_rng(int(torch.randint(2**62, (), generator=self.generator)))
+        else:
+            rng = np.random.default_rng((self.seed, self.epoch))
+        classes, samples_of = _Deck(np.arange(len(self._samples_of)), rng), [_Deck(s, rng) for s in self._samples_of]
         for _ in range(self._n_batches):
-            yield np.concatenate([next(hands_of_samples[c]) for c in next(hands_of_classes)]).tolist()
+            hands = [classes.deal(self.n_classes).tolist() for _ in range(self.num_replicas)]  # one for each process
+            counts = Counter(itertools.chain(*hands))
+            # A class that several processes have is dealt to them together, so that they share no sample.
+            dealt = {c: np.split(samples_of[c].deal(n * self.n_samples), n) for c, n in counts.items()}
+            batches = [[dealt[c].pop() for c in hand] for hand in hands]
+            yield np.concatenate(batches[self.rank]).tolist()
 
 
 class InMemoryDataset(Dataset):
@@ -504,18 +533,25 @@ class _Draws:
         return np.random.default_rng((seed, i, count)).random(self.width)
 
 
-def _deal(cards, n, rng):
-    """Endless hands of n cards: every card once before any twice, and none twice in a hand of at most len(cards)."""
-    deck = rng.permutation(cards)
-    while True:
-        hand, deck = deck[:n], deck[n:]
+class _Deck:
+    """Cards that are dealt for ever: every card once before any twice, none twice in a hand of at most all of them."""
+
+    def __init__(self, cards, rng):
+        self.cards = cards
+        self.rng = rng
+        self.deck = None  # shuffled when first dealt from
+
+    def deal(self, n):
+        if self.deck is None:
+            self.deck = self.rng.permutation(self.cards)
+        hand, self.deck = self.deck[:n], self.deck[n:]
         while len(hand) < n:
-            deck = rng.permutation(cards)
+            deck = self.rng.permutation(self.cards)
             is_held = np.isin(deck, hand)
             deck = np.concatenate((deck[~is_held], deck[is_held]))
             missing = n - len(hand)
-            hand, deck = np.concatenate((hand, deck[:missing])), deck[missing:]
-        yield hand
+            hand, self.deck = np.concatenate((hand, deck[:missing])), deck[missing:]
+        return hand
 
 
 def _class_numbers(labels):

@@ -8,6 +8,7 @@ embeddings with its labels and a selector, any object with `get_pairs` or `get_t
 Letters: B batch, D embedding dimension, P pairs, T triplets. Half-precision embeddings are computed with in float32.
 """
 
+import contextlib
 import warnings
 
 import torch
@@ -284,6 +285,73 @@ class BatchAllTripletLoss(nn.Module):
         return (total / n_averaged.clamp(min=1)).to(distances.dtype), n_active
 
 
+class GlobalBatchLoss(nn.Module):
+    """An online loss over the embeddings of all processes of torch.distributed, as if they were one batch.
+
+    Each process gathers the embeddings and labels of all, in the order of their ranks, and computes the same loss from
+    them, with the same random draws. Of the gradient it keeps what belongs to its own embeddings, times the number of
+    processes: DistributedDataParallel takes the mean over processes, so the weights get the gradient of one process
+    with the whole batch. Time and memory are those of the whole batch in every process. Batches may differ in size, but
+    every process must make every call. Without torch.distributed, or with one process, the loss is as it was.
+
+    Args:
+        loss_fn: an online loss, or anything called as `loss_fn(embeddings, target)`.
+        process_group: the processes; None for all.
+        seed: of the draws; a selector with a generator of its own draws from that, which must be the same everywhere.
+
+    Attributes:
+        n_selected, average: those of `loss_fn`, where it has them.
+
+    >>> GlobalBatchLoss(BatchAllTripletLoss(margin=1.0))(torch.tensor([[0.0], [2.0], [1.0]]), torch.tensor([0, 0, 1]))
+    (tensor(4.), tensor(2))
+    """
+
+    def __init__(self, loss_fn, *, process_group=None, seed=0):
+        super().__init__()
+        self.loss_fn = loss_fn
+        self.process_group = process_group
+        self.seed = seed
+        self.n_calls = 0
+
+    def forward(self, embeddings, target=None, *unexpected):
+        """Gather and compute the loss.
+
+        Args:
+            embeddings: (B, D) of this process, any floating dtype and device.
+            target: class labels (B,).
+
+        Returns:
+            What `loss_fn` returns, the same in all processes.
+
+        Raises:
+            ValueError: embeddings of different D; and what `loss_fn` raises.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            n_processes = torch.distributed.get_world_size(self.process_group)
+        else:
+            n_processes = 1
+        if n_processes > 1:
+            _check_online("GlobalBatchLoss", "", embeddings, target, unexpected)
+            embeddings, target = _gather(embeddings, target, self.process_group)
+        self.n_calls += 1
+        with _seeded(self.seed + self.n_calls, embeddings.device):
+            return self.loss_fn(embeddings, target, *unexpected)
+
+    @property
+    def n_selected(self):
+        return getattr(self.loss_fn, "n_selected", None)
+
+    @property
+    def average(self):
+        return getattr(self.loss_fn, "average", "active")
+
+    def get_extra_state(self):
+        return self.n_calls
+
+    def set_extra_state(self, state):
+        self.n_calls = state
+
+
 class _AllDistances(torch.autograd.Function):
     """Distances (B, B) of all rows, in float32 at least, the Gram matrix in float64 as in `pdist` of utils.py.
 
@@ -344,6 +412,48 @@ def _active_counts(distances, labels, order, margin, both_directions):
     n_active = n_negatives.long().sum()
     n_valid = (is_positive.sum(dim=1) * is_negative.sum(dim=1)).sum()
     return weights, n_active, n_valid
+
+
+class _GatherRows(torch.autograd.Function):
+    """The rows (n, D) of all processes, (sum of n, D); backward the gradient of the own rows, times the processes."""
+
+    @staticmethod
+    def forward(ctx, rows, sizes, group):
+        rank = torch.distributed.get_rank(group)
+        ctx.factor, ctx.own = len(sizes), slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # of one size everywhere
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(gathered, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.factor * gradient[ctx.own], None, None
+
+
+def _gather(embeddings, target, group):
+    """Embeddings in float32 at least and labels of all processes."""
+    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    labels = torch.as_tensor(target, device=embeddings.device).reshape(-1).long()
+    shape = torch.tensor(embeddings.shape, device=embeddings.device)
+    shapes = [torch.empty_like(shape) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(shapes, shape, group=group)
+    sizes, widths = zip(*(shape.tolist() for shape in shapes))
+    if len(set(widths)) > 1:
+        raise ValueError(f"expected embeddings of one D in all processes, got {', '.join(map(str, widths))}")
+    return _GatherRows.apply(embeddings, sizes, group), _GatherRows.apply(labels, sizes, group)
+
+
+@contextlib.contextmanager
+def _seeded(seed, device):
+    """Random numbers of a seed, on the CPU and the device; behind, the generators are where they were."""
+    index = [device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(index):
+        torch.default_generator.manual_seed(seed)
+        for i in index:
+            torch.cuda.default_generators[i].manual_seed(seed)
+        yield
 
 
 def _wide(embeddings):

@@ -62,7 +62,7 @@ def fit(
     from the whole epoch before. `torch.load(checkpoint, weights_only=True)["model"]` is the model's state dict.
 
     Args:
-        train_loader: DataLoader, or any iterable of batches.
+        train_loader: DataLoader, or any iterable of batches; `set_epoch` of its sampler is called before each epoch.
         val_loader: the same for validation; None for none.
         model: `nn.Module`; left in the mode (training or evaluation) in which it came.
         loss_fn: called as `loss_fn(*outputs, target)`.
@@ -108,6 +108,7 @@ def fit(
             row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
             title = f"Epoch {epoch + 1}/{n_epochs}"
 
+            _set_epoch(train_loader, epoch)
             row["train_loss"], _ = train_epoch(
                 train_loader, model, loss_fn, optimizer, cuda, log_interval, metrics, title=f"{title} train"
             )
@@ -303,6 +304,14 @@ def _values(part, metrics):
         named = value if isinstance(value, dict) else {metric.name(): value}
         entries.update({f"{part}_{name}": number for name, number in named.items() if number is not None})
     return entries
+
+
+def _set_epoch(loader, epoch):
+    """Tell a loader's samplers the epoch, where they ask for it, as DistributedSampler does."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
 
 
 def _summary(title, row):

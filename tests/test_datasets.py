@@ -607,6 +607,73 @@ def test_sampler_obeys_manual_seed_or_its_own_generator_D26():
     assert [list(again), list(again)] == epochs
 
 
+def of_processes(labels, n_classes, n_samples, n_processes, epoch=0, **options):
+    """For each step the batches of all processes."""
+    samplers = [
+        BalancedBatchSampler(labels, n_classes, n_samples, num_replicas=n_processes, rank=rank, **options)
+        for rank in range(n_processes)
+    ]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    assert {len(list(sampler)) for sampler in samplers} == {len(samplers[0])}
+    return list(zip(*samplers))
+
+
+@pytest.mark.parametrize(("n_classes", "n_samples", "n_processes"), [(10, 3, 2), (5, 4, 2), (7, 2, 3), (4, 2, 4)])
+def test_sampler_processes_share_no_sample_at_a_step_D32(n_classes, n_samples, n_processes):
+    labels = [i % 10 for i in range(240)]
+    steps = of_processes(labels, n_classes, n_samples, n_processes)
+    assert len(steps) == 240 // (n_classes * n_samples * n_processes)
+    for batches in steps:
+        together = [i for batch in batches for i in batch]
+        assert len(set(together)) == len(together) == n_classes * n_samples * n_processes
+        for batch in batches:
+            assert sorted(Counter(labels[i] for i in batch).values()) == [n_samples] * n_classes
+    if 240 % (n_classes * n_samples * n_processes) == 0 and (n_classes * n_processes) % 10 == 0:
+        assert sorted(i for batches in steps for batch in batches for i in batch) == list(range(240))
+        for batches in steps:
+            assert len(set(Counter(labels[i] for batch in batches for i in batch).values())) == 1
+
+
+def test_sampler_gives_processes_too_few_samples_more_than_once():
+    labels = [0] * 3 + [1] * 20
+    for batches in of_processes(labels, 2, 2, 2):
+        rare = [i for batch in batches for i in batch if labels[i] == 0]
+        assert len(rare) == 4
+        assert set(rare) == {0, 1, 2}
+
+
+def test_sampler_epochs_of_a_seed():
+    labels = [i % 4 for i in range(80)]
+    first = of_processes(labels, 2, 2, 2)
+    assert of_processes(labels, 2, 2, 2) == of_processes(labels, 2, 2, 2, seed=0) == first
+    assert of_processes(labels, 2, 2, 2, epoch=1) != first
+    assert of_processes(labels, 2, 2, 2, seed=1) != first
+    alone = BalancedBatchSampler(labels, 2, 2, seed=3)
+    one_of_one = BalancedBatchSampler(labels, 2, 2, seed=3, num_replicas=1, rank=0)
+    assert list(alone) == list(alone) == list(one_of_one)
+    state = torch.get_rng_state()
+    list(alone)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_replicas": 2}, "rank from 0 to num_replicas - 1"),
+        ({"rank": 0}, "rank from 0 to num_replicas - 1"),
+        ({"num_replicas": 2, "rank": 2}, "rank from 0 to num_replicas - 1"),
+        ({"num_replicas": 2, "rank": -1}, "rank from 0 to num_replicas - 1"),
+        ({"num_replicas": 5, "rank": 0}, "2 x 2 in 5 processes exceeds the 16 samples"),
+        ({"num_replicas": 2, "rank": 0, "generator": torch.Generator()}, "a seed, not a generator"),
+        ({"seed": 0, "generator": torch.Generator()}, "not both"),
+    ],
+)
+def test_sampler_refuses_processes_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        BalancedBatchSampler([i % 4 for i in range(16)], 2, 2, **options)
+
+
 def test_sampler_serves_a_loader_as_batch_sampler():
     sampler = BalancedBatchSampler(LABELS, n_classes=4, n_samples=2)
     loader = DataLoader(Numbered(LABELS), batch_sampler=sampler)

@@ -1,0 +1,91 @@
+"""Tests of several processes: together they train as one does with the whole batch."""
+
+import os
+import subprocess
+import sys
+
+import processes
+import pytest
+import torch
+
+from losses import BatchAllTripletLoss, GlobalBatchLoss, OnlineTripletLoss
+from utils import RandomNegativeTripletSelector
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def of_processes(request, tmp_path_factory):
+    """What each of 2 and of 4 processes returned."""
+    folder = tmp_path_factory.mktemp("processes")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, processes.__file__, str(rank), str(request.param), str(folder)], env=environment
+        )
+        for rank in range(request.param)
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0] * request.param
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+def distance(weights, others):
+    return max(float((weights[name] - others[name]).abs().max()) for name in weights)
+
+
+@pytest.mark.parametrize("name", processes.LOSSES)
+def test_processes_train_as_one_with_the_whole_batch(of_processes, name):
+    loss_fn = GlobalBatchLoss(processes.LOSSES[name](), seed=7)
+    alone = processes.train(processes.make_model(), loss_fn)
+    for results in of_processes:
+        assert distance(results[name], alone) < 1e-6
+    assert distance(alone, processes.make_model().state_dict()) > 0.01
+
+
+@pytest.mark.parametrize("way", ["no factor", "local", "detached"])
+def test_wrong_ways_to_gather_train_otherwise(of_processes, way):
+    alone = processes.train(processes.make_model(), BatchAllTripletLoss(1.0))
+    assert distance(of_processes[0][way], alone) > 1e-4
+
+
+def test_embeddings_of_different_widths_are_an_error(of_processes):
+    assert all("one D in all processes" in results["message"] for results in of_processes)
+
+
+def test_global_loss_of_one_process_is_the_loss():
+    embeddings, labels = torch.randn(12, 3, requires_grad=True), torch.arange(12) % 3
+    loss_fn = BatchAllTripletLoss(1.0)
+    expected, count = loss_fn(embeddings, labels)
+    loss, own_count = GlobalBatchLoss(loss_fn)(embeddings, labels)
+    assert (loss, own_count) == (expected, count)
+    assert torch.equal(torch.autograd.grad(loss, embeddings)[0], torch.autograd.grad(expected, embeddings)[0])
+
+
+def test_global_loss_draws_by_its_seed_and_leaves_the_callers_generator_alone():
+    embeddings, labels = torch.randn(40, 3), torch.arange(40) % 4
+
+    def losses(seed, n=3):
+        loss_fn = GlobalBatchLoss(OnlineTripletLoss(1.0, RandomNegativeTripletSelector(1.0)), seed=seed)
+        return [float(loss_fn(embeddings, labels)[0]) for _ in range(n)]
+
+    state = torch.get_rng_state()
+    first = losses(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert losses(0) == first
+    assert losses(1) != first
+    assert len(set(first)) == 3  # draws anew at each call
+
+
+def test_global_loss_resumes_its_draws():
+    embeddings, labels = torch.randn(40, 3), torch.arange(40) % 4
+    loss_fn, other = (GlobalBatchLoss(OnlineTripletLoss(1.0, RandomNegativeTripletSelector(1.0))) for _ in range(2))
+    loss_fn(embeddings, labels)
+    other.load_state_dict(loss_fn.state_dict())
+    assert other(embeddings, labels) == loss_fn(embeddings, labels)
+
+
+def test_global_loss_passes_on_what_fit_asks_a_loss_for():
+    loss_fn = GlobalBatchLoss(OnlineTripletLoss(1.0, RandomNegativeTripletSelector(1.0)))
+    assert (loss_fn.n_selected, loss_fn.average) == (None, "active")
+    loss_fn(torch.randn(12, 3), torch.arange(12) % 3)
+    assert loss_fn.n_selected == loss_fn.loss_fn.n_selected > 0
+    assert GlobalBatchLoss(BatchAllTripletLoss(1.0, average="all")).average == "all"
