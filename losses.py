@@ -339,16 +339,20 @@ class GlobalBatchLoss(nn.Module):
 
     @property
     def n_selected(self):
+        """That of the loss, None where it has none."""
         return getattr(self.loss_fn, "n_selected", None)
 
     @property
     def average(self):
+        """That of the loss, "active" where it has none."""
         return getattr(self.loss_fn, "average", "active")
 
     def get_extra_state(self):
+        """The number of calls, for the state dict: the next draws depend on it."""
         return self.n_calls
 
     def set_extra_state(self, state):
+        """Go on behind so many calls."""
         self.n_calls = state
 
 
