@@ -33,6 +33,12 @@ class Metric:
         """Forget all batches."""
         raise NotImplementedError
 
+    def gather(self):
+        """Take in what this metric has collected in the other processes of torch.distributed; by default nothing.
+
+        `fit` calls it before `value()` where the processes share the samples of a pass, in all of them.
+        """
+
     def value(self):
         """The value over all batches since the last reset: a number, a dict of numbers by name, or None for none."""
         raise NotImplementedError
@@ -77,6 +83,13 @@ class AccumulatedAccuracyMetric(Metric):
         self.n_classes = 0
         self.total = 0
 
+    def gather(self):
+        """Count the samples of all processes."""
+        own = int(self.correct), int(self.largest_label), self.n_classes, self.total
+        correct, largest_labels, n_classes, totals = zip(*_gathered(own))
+        self.correct, self.largest_label = sum(correct), torch.tensor(max(largest_labels))
+        self.n_classes, self.total = max(n_classes), sum(totals)
+
     def value(self):
         """Accuracy in per cent; ValueError before the first batch, or where the outputs were no scores of classes."""
         if self.total == 0:
@@ -114,6 +127,10 @@ class AverageNonzeroTripletsMetric(Metric):
     def reset(self):
         self.count = 0
         self.n_batches = 0
+
+    def gather(self):
+        """Count the batches of all processes."""
+        self.count, self.n_batches = map(sum, zip(*_gathered((int(self.count), self.n_batches))))
 
     def value(self):
         """Mean count a batch; ValueError before the first batch."""
@@ -164,6 +181,13 @@ class EmbeddingMetric(Metric):
 
     def reset(self):
         self.embeddings, self.labels = [], []
+
+    def gather(self):
+        """Take in the embeddings of all processes, as dealt to them one by one by torch's DistributedSampler."""
+        if self.embeddings:
+            device = self.embeddings[0].device
+            parts = zip(*_gathered((torch.cat(self.embeddings).cpu(), torch.cat(self.labels).cpu())))
+            self.embeddings, self.labels = ([_in_turn(part).to(device)] for part in parts)
 
     def value(self):
         """A dict of numbers by name; None where no batch was evaluated."""
@@ -409,6 +433,21 @@ def one_shot_runs(embed, runs, *, distances=torch.cdist):
         nearest = distances(embed(test_images), embed(train_images)).argmin(dim=1)  # (n_test,)
         errors.append(float((nearest.cpu() != answers.cpu()).double().mean()))
     return float(np.mean(errors)), errors
+
+
+def _gathered(value):
+    """A value of each process, in the order of their ranks; a list of one without torch.distributed."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _in_turn(parts):
+    """The rows of all processes (N, ...), of which row i was dealt to process i % W."""
+    place = torch.cat([torch.arange(len(part)) * len(parts) + rank for rank, part in enumerate(parts)])
+    return torch.cat(parts)[place.argsort()]
 
 
 def _check_set(embeddings, labels, like=None):

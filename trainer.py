@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DistributedSampler
 from tqdm.auto import tqdm
 
 
@@ -96,7 +98,7 @@ def fit(
     file = contextlib.nullcontext()
     if checkpoint is not None:
         _to_device(model, cuda)
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loss_fn": loss_fn}
+        parts = {"model": _unwrapped(model), "optimizer": optimizer, "scheduler": scheduler, "loss_fn": loss_fn}
         file = _Checkpoint(
             checkpoint, monitor, mode, parts, (train_loader, val_loader, model, loss_fn, metrics), history
         )
@@ -127,7 +129,8 @@ def fit(
             history.append(row)
             if checkpoint is not None:
                 file.keep(epoch + 1)
-            tqdm.write(_summary(title, row))
+            if _rank() == 0:
+                tqdm.write(_summary(title, row))
     return history
 
 
@@ -161,7 +164,8 @@ def extract_embeddings(loader, model, device=None):
     """Embeddings and labels of all samples of a loader, in its order, in evaluation mode and without gradient.
 
     Args:
-        loader: yields `(x, label)` batches, tensors (B, ...) and (B,).
+        loader: yields `(x, label)` batches, tensors (B, ...) and (B,). Processes that share the samples by torch's
+            DistributedSampler, shuffle=False, each return all, every sample once.
         model: its `get_embedding` is called where it has one, else the model itself; its mode is restored.
         device: where to compute; by default where the model's first parameter lies.
 
@@ -173,7 +177,12 @@ def extract_embeddings(loader, model, device=None):
     """
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), None)
+    model = _unwrapped(model)
     embed = getattr(model, "get_embedding", model)
+    sampler = _sampler_of_processes(loader)
+    n_own = _n_own_samples(sampler)
+    if sampler is not None and (n_own is None or sampler.shuffle):
+        raise ValueError("to put embeddings of several processes in order, DistributedSampler needs shuffle=False")
     embeddings, labels = [], []
     with _keep_modes(model):
         model.eval()
@@ -185,7 +194,10 @@ def extract_embeddings(loader, model, device=None):
             labels.append(target.reshape(-1).cpu() if target.numel() == len(target) else target.cpu())
     if not embeddings:
         raise ValueError("the loader is empty: it gave no batch")
-    return torch.cat(embeddings), torch.cat(labels)
+    embeddings, labels = torch.cat(embeddings)[:n_own], torch.cat(labels)[:n_own]
+    if sampler is not None:
+        embeddings, labels = (_in_turn(parts) for parts in zip(*_gathered((embeddings, labels))))
+    return embeddings, labels
 
 
 def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, optimizer=None):
@@ -194,8 +206,10 @@ def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, 
     for metric in metrics:
         metric.reset()
 
+    sampler = _sampler_of_processes(loader)
+    n_own = _n_own_samples(sampler)
     losses, weights, n_checked = [], [], 0  # kept as tensors: reading one would make a GPU wait
-    disable = True if os.environ.get("TQDM_DISABLE", "0") not in ("", "0") else None  # None: where there is no terminal
+    disable = os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or _rank() > 0 or None  # None: without a terminal
     with tqdm(loader, desc=title, leave=False, disable=disable) as bar:
         for batch_number, batch in enumerate(bar, start=1):
             data, target = _move(_data_and_target(batch), device)
@@ -212,6 +226,7 @@ def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, 
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+            outputs, target, n_own = _without_padding(outputs, target, n_own)
             for metric in metrics:
                 metric(outputs, target, loss_outputs)
             if is_logged:
@@ -220,7 +235,11 @@ def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, 
     if not losses:
         raise ValueError(f"{title}: the loader is empty, it gave no batch")
     _check_finite(losses[n_checked:], title, n_checked)
-    return _average(losses, weights), metrics
+    if sampler is not None:
+        for metric in metrics:
+            if hasattr(metric, "gather"):
+                metric.gather()
+    return _average(losses, weights, is_shared=sampler is not None), metrics
 
 
 @contextlib.contextmanager
@@ -275,10 +294,73 @@ def _n_samples(data):
     return next((n for n in map(_n_samples, parts) if n), 0)
 
 
-def _average(losses, weights):
+def _average(losses, weights, is_shared=False):
+    """The weighed mean of losses, over all processes where they share a pass."""
     losses = torch.stack(losses).cpu().double()
     weights = torch.stack(weights).cpu().double()
-    return float((losses * weights).sum() / weights.sum().clamp(min=1))
+    own = float((losses * weights).sum()), float(weights.sum())
+    total, weight = map(sum, zip(*_gathered(own))) if is_shared else own
+    return total / max(weight, 1)
+
+
+def _sampler_of_processes(loader):
+    """The sampler of a loader that deals its samples to several processes; None where there is none."""
+    return next((sampler for sampler in _samplers_of(loader) if getattr(sampler, "num_replicas", 1) > 1), None)
+
+
+def _samplers_of(loader):
+    """A loader's samplers, and those behind its batch samplers."""
+    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    return samplers + [getattr(sampler, "sampler", None) for sampler in samplers]
+
+
+def _n_own_samples(sampler):
+    """How many samples a DistributedSampler has for this process but for those that it gives twice; None for others."""
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return None
+    return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))
+
+
+def _without_padding(outputs, target, n_own):
+    """Outputs and target as far as they are of the process's first n_own samples, and how many are left of these."""
+    n = len(outputs[0]) if torch.is_tensor(outputs[0]) and outputs[0].dim() else 0
+    if n_own is None or n <= n_own:
+        return outputs, target, None if n_own is None else n_own - n
+    cut = [[x[:n_own] if torch.is_tensor(x) and len(x) == n else x for x in part or ()] for part in (outputs, target)]
+    return tuple(cut[0]), None if target is None else tuple(cut[1]), 0
+
+
+def _rank():
+    """The number of this process, 0 where there is one."""
+    is_one_of_many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if is_one_of_many else 0
+
+
+def _gathered(value):
+    """A value of each process, in the order of their ranks; a list of one without torch.distributed."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _of_first(function):
+    """What a function returns in the first process, in all of them; an OSError that it raises, likewise."""
+    try:
+        result = function() if _rank() == 0 else None
+    except OSError as error:
+        result = error
+    result = _gathered(result)[0]
+    if isinstance(result, OSError):
+        raise result
+    return result
+
+
+def _in_turn(parts):
+    """The rows of all processes (N, ...), of which row i was dealt to process i % W."""
+    place = torch.cat([torch.arange(len(part)) * len(parts) + rank for rank, part in enumerate(parts)])
+    return torch.cat(parts)[place.argsort()]
 
 
 def _check_finite(losses, title, n_before):
@@ -308,8 +390,7 @@ def _values(part, metrics):
 
 def _set_epoch(loader, epoch):
     """Tell a loader's samplers the epoch, where they ask for it, as DistributedSampler does."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    for sampler in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+    for sampler in _samplers_of(loader):
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
 
@@ -353,6 +434,10 @@ def _device(cuda):
     return torch.device(cuda)
 
 
+def _unwrapped(model):
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def _to_device(model, cuda):
     device = _device(cuda)
     if device is not None:
@@ -379,6 +464,8 @@ def _bring_forward(scheduler, start_epoch):
 class _Checkpoint:
     """The file of a run: `resume` from it, `keep` each epoch; as a context it keeps what an error interrupts.
 
+    Of several processes the first reads and writes, for all.
+
     Args:
         path, monitor, mode: as for `fit`.
         parts: dict of what has a state: model, optimiser, scheduler, loss; None for those that there are not.
@@ -402,25 +489,27 @@ class _Checkpoint:
     def resume(self, start_epoch, n_epochs):
         """Bring all parts to the state in the file; the epochs trained, `start_epoch` where there is no file."""
         self.epoch = start_epoch
-        if not self.path.exists():
+        own = self._state(_gathered(self._random_states()))
+        if not _gathered(self.path.exists())[0]:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                _read(io.BytesIO(_as_bytes(self._state())))  # what cannot be read back should be known before training
+                _read(_as_bytes(own))  # what cannot be read back should be known before training
             except ValueError as error:
                 raise ValueError(f"the state of this run cannot be kept in a file: {error}") from error
             return start_epoch
         try:
-            state = _read(self.path)
-            self._check(state, start_epoch, n_epochs)
+            state = _read(_of_first(self._content))
+            _check_state(state, own, start_epoch, n_epochs)
         except (ValueError, OSError) as error:
             remedy = "It is left as it is: name another file, or move it away"
             raise ValueError(f"cannot resume from {self.path}: {error}. {remedy}") from error
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        for generator, random_state in zip(self.generators, state["random"]):
+        states, cuda_states = state["random"][_rank()]
+        for generator, random_state in zip(self.generators, states):
             _set_random_state(generator, random_state)
-        if torch.cuda.is_available() and state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
+        if torch.cuda.is_available() and cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
         self.history.extend(state["history"])
         self.epoch = state["epoch"]
         return self.epoch
@@ -428,56 +517,40 @@ class _Checkpoint:
     def keep(self, epoch):
         """Write the state after an epoch."""
         self.epoch = epoch
-        content = _as_bytes(self._state())
-        if self._is_best():  # first, since a run that dies between the two repeats the epoch
-            _replace(self._sibling("best"), content)
-        _replace(self.path, content)
+        is_best, random_states = self._is_best(), _gathered(self._random_states())
+        if _rank() == 0:
+            content = _as_bytes(self._state(random_states))
+            if is_best:  # first, since a run that dies between the two repeats the epoch
+                _replace(self._sibling("best"), content)
+            _replace(self.path, content)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        if error is not None:
+        if error is not None and _rank() == 0:
             try:
-                _replace(self._sibling("interrupted"), _as_bytes(self._state()))
+                _replace(self._sibling("interrupted"), _as_bytes(self._state([self._random_states()])))
             except Exception as second:  # the first error is the one to be seen
                 warnings.warn(f"what the interrupted epoch trained could not be kept: {second}", stacklevel=2)
 
-    def _state(self):
+    def _state(self, random_states):
         return {name: part.state_dict() for name, part in self.parts.items()} | {
             "format": self.FORMAT,
             "epoch": self.epoch,
             "history": [{key: _plain(value) for key, value in row.items()} for row in self.history],
             "optimizer_name": type(self.parts["optimizer"]).__name__,
             "scheduler_name": type(self.parts.get("scheduler")).__name__,
-            "random": [_random_state(generator) for generator in self.generators],
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "random": random_states,
         }
 
-    def _check(self, state, start_epoch, n_epochs):
-        """ValueError for a state that is not of this run."""
-        own = self._state()
-        if not isinstance(state, dict) or state.get("format") != self.FORMAT or state.keys() != own.keys():
-            raise ValueError("it is no checkpoint of fit with the same parts")
-        there, here = ({key: _kind(x) for key, x in s["model"].items()} for s in (state, own))
-        for key in [*here, *there]:
-            if there.get(key) != here.get(key):
-                raise ValueError(f"its model has {key} of {there.get(key)}, this one of {here.get(key)}")
-        expected = {
-            "optimiser": lambda s: s["optimizer_name"],
-            "numbers of parameters in the optimiser's groups": lambda s: [
-                len(group["params"]) for group in s["optimizer"]["param_groups"]
-            ],
-            "scheduler": lambda s: s["scheduler_name"],
-            "number of random generators": lambda s: len(s["random"]),
-        }
-        for name, of in expected.items():
-            if of(state) != of(own):
-                raise ValueError(f"its {name}: {of(state)}, here: {of(own)}")
-        if start_epoch not in (0, state["epoch"]) or state["epoch"] > n_epochs:
-            raise ValueError(
-                f"it ends with epoch {state['epoch']}, for start_epoch={start_epoch} and n_epochs={n_epochs}"
-            )
+    def _random_states(self):
+        """Of this process: of the generators, and of its GPUs."""
+        cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return [_random_state(generator) for generator in self.generators], cuda_states
+
+    def _content(self):
+        return self.path.read_bytes()
 
     def _is_best(self):
         if self.monitor is None:
@@ -491,6 +564,29 @@ class _Checkpoint:
 
     def _sibling(self, name):
         return self.path.with_name(f"{self.path.name}.{name}")
+
+
+def _check_state(state, own, start_epoch, n_epochs):
+    """ValueError for a state that is not of the run whose own is given."""
+    if not isinstance(state, dict) or state.get("format") != own["format"] or state.keys() != own.keys():
+        raise ValueError("it is no checkpoint of fit with the same parts")
+    there, here = ({key: _kind(x) for key, x in s["model"].items()} for s in (state, own))
+    for key in [*here, *there]:
+        if there.get(key) != here.get(key):
+            raise ValueError(f"its model has {key} of {there.get(key)}, this one of {here.get(key)}")
+    traits = {
+        "optimiser": lambda s: s["optimizer_name"],
+        "parameters in the optimiser's groups": lambda s: [len(g["params"]) for g in s["optimizer"]["param_groups"]],
+        "scheduler": lambda s: s["scheduler_name"],
+        "processes": lambda s: len(s["random"]),
+        "random generators": lambda s: [len(generators) for generators, _ in s["random"]],
+    }
+    for name, trait in traits.items():
+        if trait(state) != trait(own):
+            raise ValueError(f"its {name}: {trait(state)}, here: {trait(own)}")
+    if start_epoch not in (0, state["epoch"]) or state["epoch"] > n_epochs:
+        given = f"start_epoch={start_epoch} and n_epochs={n_epochs}"
+        raise ValueError(f"it ends with epoch {state['epoch']}, for {given}")
 
 
 def _as_bytes(state):
@@ -509,16 +605,14 @@ def _replace(path, content):
     os.replace(partial, path)
 
 
-def _read(source):
-    """What `torch.save` wrote, of tensors and plain values alone: nothing in the file is executed."""
+def _read(content):
+    """What `torch.save` wrote, of tensors and plain values alone: nothing in it is executed."""
     try:
-        with zipfile.ZipFile(source) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             damaged = archive.testzip()  # torch.load does not compare checksums
         if damaged is not None:
             raise ValueError(f"it is damaged, in {damaged}")
-        if hasattr(source, "seek"):
-            source.seek(0)
-        return torch.load(source, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"it holds more than tensors and plain values ({str(error).splitlines()[0]})") from error
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:

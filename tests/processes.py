@@ -6,8 +6,14 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from datasets import BalancedBatchSampler
 from losses import BatchAllTripletLoss, GlobalBatchLoss, OnlineContrastiveLoss, OnlineTripletLoss
+from metrics import AccumulatedAccuracyMetric, AverageNonzeroTripletsMetric, EmbeddingMetric
+from networks import ClassificationNet
+from trainer import extract_embeddings, fit, test_epoch
 from utils import (
     BatchHardTripletSelector,
     HardNegativePairSelector,
@@ -78,8 +84,44 @@ def make_model():
     return nn.Sequential(nn.Linear(6, 16), nn.PReLU(), nn.Linear(16, 3))
 
 
+def samples():
+    """23 samples of four classes, so that neither two nor four processes get as many each."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(23) % 4
+    return TensorDataset(torch.randn(23, 6, generator=generator) + 0.5 * labels[:, None], labels)
+
+
+def evaluate(rank=0, n_processes=1):
+    """Embeddings of all samples, and numbers of a pass over them that the processes share."""
+    data = samples()
+    sampler = DistributedSampler(data, n_processes, rank, shuffle=False) if n_processes > 1 else None
+    loader = DataLoader(data, batch_size=2, sampler=sampler)
+    model, classifier = make_model(), ClassificationNet(make_model(), 4, embedding_dim=3)
+    _, [retrieval] = test_epoch(loader, model, BatchAllTripletLoss(1.0), False, [EmbeddingMetric()])
+    loss, [accuracy] = test_epoch(loader, classifier, nn.NLLLoss(), False, [AccumulatedAccuracyMetric()])
+    embeddings, labels = extract_embeddings(loader, model)
+    return {"embeddings": embeddings, "labels": labels, **retrieval.value(), "accuracy": accuracy.value(), "loss": loss}
+
+
+def resume(rank, n_processes, path, n_epochs):
+    """Train on balanced batches of all processes, with dropout, from the file's end on."""
+    data = samples()
+    sampler = BalancedBatchSampler(data.tensors[1], 2, 2, num_replicas=n_processes, rank=rank)
+    loader = DataLoader(data, batch_sampler=sampler)
+    model = DistributedDataParallel(nn.Sequential(make_model(), nn.Dropout(0.5)))
+    loss_fn = GlobalBatchLoss(OnlineTripletLoss(1.0, RandomNegativeTripletSelector(1.0)))
+    optimizer = SGD(model.parameters(), 0.01)
+    torch.manual_seed(rank)
+    metrics = [AverageNonzeroTripletsMetric()]
+    history = fit(
+        loader, None, model, loss_fn, optimizer, StepLR(optimizer, 1), n_epochs, False, 0, metrics, checkpoint=path
+    )
+    losses = [row["train_loss"] for row in history] + [row["train_Average nonzero triplets"] for row in history]
+    return {**model.module.state_dict(), "losses": torch.tensor(losses)}
+
+
 def work(rank, n_processes, folder):
-    """Train with each loss and each wrong way; every process writes its weights."""
+    """Train with each loss and each wrong way, evaluate, resume; every process writes its results."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=n_processes)
     results = {}
@@ -93,6 +135,10 @@ def work(rank, n_processes, folder):
         GlobalBatchLoss(BatchAllTripletLoss(1.0))(torch.zeros(2, 2 + rank), torch.tensor([0, 1]))
     except ValueError as error:
         results["message"] = str(error)
+    results["evaluation"] = evaluate(rank, n_processes)
+    results["whole"] = resume(rank, n_processes, f"{folder}/whole", 4)
+    resume(rank, n_processes, f"{folder}/run", 2)
+    results["resumed"] = resume(rank, n_processes, f"{folder}/run", 4)
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 

@@ -81,6 +81,11 @@ def test_selectors_and_losses_need_torch_and_numpy_only(name):
 def test_helper_that_stands_twice_is_the_same():
     copies = [inspect.getsource(importlib.import_module(name)._squared_distances) for name in ("utils", "losses")]
     assert copies[0] == copies[1]
+    for name in ("_gathered", "_in_turn"):
+        copies = [
+            inspect.getsource(getattr(importlib.import_module(module), name)) for module in ("trainer", "metrics")
+        ]
+        assert copies[0] == copies[1]
 
 
 @each_module_and_plots

@@ -46,6 +46,25 @@ def test_wrong_ways_to_gather_train_otherwise(of_processes, way):
     assert distance(of_processes[0][way], alone) > 1e-4
 
 
+def test_processes_evaluate_each_sample_once_and_in_order(of_processes):
+    alone = processes.evaluate()
+    for results in of_processes:
+        together = results["evaluation"]
+        assert together.keys() == alone.keys()
+        assert torch.equal(together["labels"], alone["labels"])
+        torch.testing.assert_close(together["embeddings"], alone["embeddings"])
+        for name in ("recall@1", "map@r", "n_queries", "accuracy"):
+            assert together[name] == pytest.approx(alone[name], rel=1e-6), name
+        assert together["loss"] == of_processes[0]["evaluation"]["loss"]
+
+
+def test_processes_resume_from_one_file(of_processes):
+    for results in of_processes:
+        assert distance(results["resumed"], results["whole"]) == 0
+        assert torch.equal(results["whole"]["losses"], of_processes[0]["whole"]["losses"])
+    assert len(results["whole"]["losses"]) == 8
+
+
 def test_embeddings_of_different_widths_are_an_error(of_processes):
     assert all("one D in all processes" in results["message"] for results in of_processes)
 
