@@ -7,6 +7,7 @@ It is handed loaders of `(data, target)`, a model, a loss, an optimiser, a sched
 
 import contextlib
 import io
+import math
 import os
 import pickle
 import random
@@ -42,6 +43,9 @@ def fit(
     checkpoint=None,
     monitor=None,
     mode="min",
+    amp=None,
+    max_chunk=None,
+    log_dir=None,
 ):
     """Train a model, and validate it after every epoch.
 
@@ -63,6 +67,11 @@ def fit(
     a run, what the unfinished epoch has trained is written to `CHECKPOINT.interrupted`, for you alone: the call goes on
     from the whole epoch before. `torch.load(checkpoint, weights_only=True)["model"]` is the model's state dict.
 
+    With `max_chunk`, a batch goes through the network in chunks of so many samples, and memory holds the activations of
+    one at a time: first without gradient, for the loss of the whole batch and its gradient by the embeddings; then
+    again, with the same random draws, to carry that gradient back (Gao et al. 2021, gradient caching). Selection and
+    gradient are those of the whole batch, but that batch norm sees chunks. It costs a second forward pass.
+
     Args:
         train_loader: DataLoader, or any iterable of batches; `set_epoch` of its sampler is called before each epoch.
         val_loader: the same for validation; None for none.
@@ -82,6 +91,11 @@ def fit(
         monitor: entry of the history, such as "val_loss" or "val_map@r": the best epoch by it is written to
             `CHECKPOINT.best` as well; None for none.
         mode: whether "min" or "max" of it is best.
+        amp: torch.bfloat16 or torch.float16 for the forward pass of the model, by autocast; loss and selection are in
+            float32. float16 comes with gradient scaling. None for the precision that the model has.
+        max_chunk: samples that go through the network at once; None for the whole batch.
+        log_dir: folder for TensorBoard: the numbers of the history, and the embeddings that an EmbeddingMetric has met,
+            for its projector. Needs the package tensorboard. None for none.
 
     Returns:
         The history: a list with a dict for each epoch, of `epoch` (from 1), `lr` (of the first parameter group),
@@ -89,36 +103,44 @@ def fit(
         one whose value is a dict has an entry for each key instead, and one whose value is None has none.
 
     Raises:
-        ValueError: an empty loader, or a batch that is not `(data, target)`; a checkpoint that is damaged, no file of
+        ValueError: an empty loader, or a batch that is not `(data, target)`; another `amp`, or a `max_chunk` below 1; a
+            checkpoint that is damaged, no file of
             `fit`, or of another model, optimiser, scheduler or longer run: it is left as it is.
         FloatingPointError: a loss that is not finite, naming epoch and batch. On a CPU the optimiser has not made the
             step, so the weights are those of the batch before; on a GPU losses are read every `log_interval` batches.
     """
     history = []
-    file = contextlib.nullcontext()
+    device = _to_device(model, cuda)
+    step = _Step(model, optimizer, amp, max_chunk)
+    file, log = contextlib.nullcontext(), contextlib.nullcontext()
     if checkpoint is not None:
-        _to_device(model, cuda)
         parts = {"model": _unwrapped(model), "optimizer": optimizer, "scheduler": scheduler, "loss_fn": loss_fn}
-        file = _Checkpoint(
-            checkpoint, monitor, mode, parts, (train_loader, val_loader, model, loss_fn, metrics), history
-        )
+        parts |= {"scaler": step.scaler}
+        holders = (train_loader, val_loader, model, loss_fn, metrics)
+        file = _Checkpoint(checkpoint, monitor, mode, parts, holders, history)
         start_epoch = file.resume(start_epoch, n_epochs)
+    if log_dir is not None and _rank() == 0:
+        log = _tensorboard(log_dir)
     _bring_forward(scheduler, start_epoch)
-    with _keep_modes(model), file:
+    diagnosis = _Diagnosis(loss_fn)
+    with _keep_modes(model), file, log as writer:
         for epoch in range(start_epoch, n_epochs):
             began = time.perf_counter()
             row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
             title = f"Epoch {epoch + 1}/{n_epochs}"
 
             _set_epoch(train_loader, epoch)
-            row["train_loss"], _ = train_epoch(
-                train_loader, model, loss_fn, optimizer, cuda, log_interval, metrics, title=f"{title} train"
-            )
+            model.train()
+            row["train_loss"], _ = _run_epoch(
+                train_loader, loss_fn, step, device, metrics, f"{title} train", log_interval, is_training=True,
+                diagnosis=diagnosis,
+            )  # fmt: skip
             row.update(_values("train", metrics))
+            diagnosis.warn(title)
 
             row["val_loss"] = None
             if val_loader is not None:
-                row["val_loss"], _ = test_epoch(val_loader, model, loss_fn, cuda, metrics, title=f"{title} validation")
+                row["val_loss"], _ = _evaluate(val_loader, loss_fn, step, device, metrics, f"{title} validation")
                 row.update(_values("val", metrics))
 
             if isinstance(scheduler, ReduceLROnPlateau):
@@ -131,6 +153,8 @@ def fit(
                 file.keep(epoch + 1)
             if _rank() == 0:
                 tqdm.write(_summary(title, row))
+                if writer is not None:
+                    _write_log(writer, row, metrics)
     return history
 
 
@@ -141,19 +165,19 @@ def train_epoch(train_loader, model, loss_fn, optimizer, cuda, log_interval, met
         `(loss, metrics)`: the average loss as a float, and the metrics, whose `value()` is that of the pass.
     """
     model.train()
-    return _run_epoch(train_loader, model, loss_fn, cuda, metrics, title, log_interval, optimizer)
+    device = _to_device(model, cuda)
+    step = _Step(model, optimizer)
+    return _run_epoch(train_loader, loss_fn, step, device, metrics, title, log_interval, is_training=True)
 
 
-@torch.no_grad()
 def test_epoch(val_loader, model, loss_fn, cuda, metrics, *, title="Validation"):
     """Evaluate on one pass over the loader, in evaluation mode and without gradient; see `fit`.
 
     Returns:
         `(loss, metrics)`: the average loss as a float, and the metrics, whose `value()` is that of the pass.
     """
-    with _keep_modes(model):
-        model.eval()
-        return _run_epoch(val_loader, model, loss_fn, cuda, metrics, title)
+    device = _to_device(model, cuda)
+    return _evaluate(val_loader, loss_fn, _Step(model), device, metrics, title)
 
 
 test_epoch.__test__ = False  # a function of the library, for all that pytest sees in its name
@@ -200,9 +224,16 @@ def extract_embeddings(loader, model, device=None):
     return embeddings, labels
 
 
-def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, optimizer=None):
-    """One pass: fetch, forward, and with an optimiser backward and step. Returns the average loss and the metrics."""
-    device = _to_device(model, cuda)
+@torch.no_grad()
+def _evaluate(loader, loss_fn, step, device, metrics, title):
+    """One pass in evaluation mode and without gradient."""
+    with _keep_modes(step.model):
+        step.model.eval()
+        return _run_epoch(loader, loss_fn, step, device, metrics, title)
+
+
+def _run_epoch(loader, loss_fn, step, device, metrics, title, log_interval=None, *, is_training=False, diagnosis=None):
+    """One pass: fetch, forward, and for training backward and step. Returns the average loss and the metrics."""
     for metric in metrics:
         metric.reset()
 
@@ -213,7 +244,8 @@ def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, 
     with tqdm(loader, desc=title, leave=False, disable=disable) as bar:
         for batch_number, batch in enumerate(bar, start=1):
             data, target = _move(_data_and_target(batch), device)
-            outputs, target, loss_outputs = _forward(model, loss_fn, data, target)
+            outputs, target = step.forward(data), _as_tuple(target)
+            loss_outputs = loss_fn(*outputs, *(target or ()))
             loss = loss_outputs[0] if isinstance(loss_outputs, (tuple, list)) else loss_outputs
             losses.append(loss.detach().reshape(()))
             weights.append(_weight(loss_fn, loss_outputs, data))
@@ -222,10 +254,10 @@ def _run_epoch(loader, model, loss_fn, cuda, metrics, title, log_interval=None, 
             if is_logged or loss.device.type == "cpu":
                 _check_finite(losses[n_checked:], title, n_checked)
                 n_checked = len(losses)
-            if optimizer is not None:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            if is_training:
+                step.backward(loss)
+            if diagnosis is not None:
+                diagnosis.observe(outputs, loss_outputs)
             outputs, target, n_own = _without_padding(outputs, target, n_own)
             for metric in metrics:
                 metric(outputs, target, loss_outputs)
@@ -253,16 +285,175 @@ def _keep_modes(model):
             module.training = mode
 
 
-def _forward(model, loss_fn, data, target):
-    """Outputs and target as tuples (None for an empty target), and what the loss returned."""
-    if isinstance(data, Mapping):
-        outputs = model(**data)
-    else:
-        outputs = model(*data) if type(data) in (tuple, list) else model(data)  # a named tuple is one argument
-    outputs = tuple(outputs) if type(outputs) in (tuple, list) else (outputs,)
+class _Step:
+    """A batch's way through the network and back: in which precision, whole or in chunks. Arguments as for `fit`."""
+
+    def __init__(self, model, optimizer=None, amp=None, max_chunk=None):
+        if amp not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"expected amp to be torch.bfloat16, torch.float16 or None, got {amp!r}")
+        if max_chunk is not None and max_chunk < 1:
+            raise ValueError(f"expected max_chunk of at least 1, got {max_chunk}")
+        self.model = model
+        self.optimizer = optimizer
+        self.amp = amp
+        self.max_chunk = max_chunk
+        parameter = next(model.parameters(), torch.empty(0))
+        self.scaler = torch.amp.GradScaler(parameter.device.type) if amp == torch.float16 else None
+        self.generators = [] if max_chunk is None else [torch.default_generator, *_generators([model])]
+        self.chunks = None
+
+    def forward(self, data):
+        """The model's outputs for a batch, a tuple; of chunks without their graphs, which `backward` makes anew."""
+        if self.max_chunk is None or _n_samples(data) <= self.max_chunk:
+            self.chunks = None
+            return self._outputs(data)
+        n = _n_samples(data)
+        slices = [slice(start, start + self.max_chunk) for start in range(0, n, self.max_chunk)]
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.chunks, outputs = [], []
+        with torch.no_grad():
+            for rows in slices:
+                chunk = _slice(data, rows, n)
+                self.chunks.append((chunk, self._random_states(chunk)))
+                outputs.append(self._outputs(chunk))
+            for buffer, old in zip(self.model.buffers(), buffers):
+                buffer.copy_(old)  # running averages are for the second pass to change
+        self.embeddings = tuple(torch.cat(x).requires_grad_(torch.is_grad_enabled()) for x in zip(*outputs))
+        return self.embeddings
+
+    def backward(self, loss):
+        """Gradients, and a step of the optimiser."""
+        self.optimizer.zero_grad()
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if self.chunks is not None:
+            self._backward_of_chunks()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def _backward_of_chunks(self):
+        """Carry the gradient by the embeddings back through the network, with the draws as they were."""
+        behind = self._random_states(self.chunks[0][0])
+        gradients = zip(*(x.grad.split(self.max_chunk) for x in self.embeddings))
+        for number, ((chunk, states), gradient) in enumerate(zip(self.chunks, gradients), start=1):
+            self._set_random_states(chunk, states)
+            is_last = number == len(self.chunks)
+            silent = isinstance(self.model, DistributedDataParallel) and not is_last
+            with self.model.no_sync() if silent else contextlib.nullcontext():
+                torch.autograd.backward(self._outputs(chunk), gradient)
+        self._set_random_states(self.chunks[0][0], behind)
+
+    def _outputs(self, data):
+        tensor = _first_tensor(data)
+        precision = contextlib.nullcontext()
+        if self.amp is not None and tensor is not None:
+            precision = torch.autocast(tensor.device.type, self.amp)
+        with precision:
+            if isinstance(data, Mapping):
+                outputs = self.model(**data)
+            else:
+                is_many = type(data) in (tuple, list)  # a named tuple is one argument
+                outputs = self.model(*data) if is_many else self.model(data)
+        outputs = tuple(outputs) if type(outputs) in (tuple, list) else (outputs,)
+        return outputs if self.amp is None else tuple(x.float() if torch.is_tensor(x) else x for x in outputs)
+
+    def _random_states(self, data):
+        device = _first_tensor(data).device
+        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return [_random_state(generator) for generator in self.generators], on_gpu
+
+    def _set_random_states(self, data, states):
+        for generator, state in zip(self.generators, states[0]):
+            _set_random_state(generator, state)
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], _first_tensor(data).device)
+
+
+class _Diagnosis:
+    """Looks at the embeddings of each training batch, and warns once of what will not get better by itself."""
+
+    REMEDY = (
+        "try batch-all, semi-hard or random hard negatives in place of the hardest, a lower learning rate, more "
+        "dimensions, or normalised embeddings (EmbeddingNetL2)"
+    )
+
+    def __init__(self, loss_fn):
+        loss_fn = getattr(loss_fn, "loss_fn", loss_fn)  # in a GlobalBatchLoss
+        self.margin = getattr(loss_fn, "margin", None)
+        self.is_soft = getattr(loss_fn, "soft_margin", False)
+        self.is_silent = self.margin is None  # no loss of embeddings, whose outputs may be what they are
+        self._reset()
+
+    def _reset(self):
+        self.losses, self.spreads, self.norms, self.counts = [], [], [], []  # tensors, read at the end of an epoch
+
+    @torch.no_grad()
+    def observe(self, outputs, loss_outputs):
+        x = outputs[0].detach() if torch.is_tensor(outputs[0]) else None
+        if self.is_silent or x is None or x.dim() != 2 or len(x) < 2 or not x.is_floating_point():
+            return
+        x = x.float()
+        is_counted = isinstance(loss_outputs, (tuple, list)) and len(loss_outputs) > 1
+        self.losses.append((loss_outputs[0] if is_counted else loss_outputs).detach().reshape(()))
+        self.spreads.append((x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt())
+        self.norms.append(x.square().sum(dim=1).mean().sqrt())
+        if is_counted and torch.is_tensor(loss_outputs[1]) and not loss_outputs[1].is_floating_point():
+            self.counts.append(loss_outputs[1].detach().reshape(()))
+
+    def warn(self, title):
+        """Say what the epoch shows, where it shows anything."""
+        problem = self._problem() if self.losses else None
+        self._reset()
+        if problem is not None and not self.is_silent:
+            self.is_silent = True
+            warnings.warn(f"{title}: {problem}", stacklevel=3)
+
+    def _problem(self):
+        n = max(1, len(self.losses) // 10)  # as it is at the end of the epoch
+        loss, spread, norm = (float(torch.stack(x[-n:]).mean()) for x in (self.losses, self.spreads, self.norms))
+        if spread <= 1e-3 * norm:
+            state = f"their spread is {spread:.1g} at a norm of {norm:.1g}"
+            return f"the embeddings have collapsed to a point, {state}; {self.REMEDY}"
+        if not self.counts:
+            return None
+        standstill = {"ln 2": math.log(2)} if self.is_soft and self.margin == 0 else {"the margin": self.margin}
+        for name, value in standstill.items():
+            if value > 0 and abs(loss - value) <= 0.02 * value and spread <= 0.1 * value:
+                state = f"the loss stands at {name}, {value:.3g}, and their spread is {spread:.1g}"
+                return f"the embeddings are about to collapse, {state}; {self.REMEDY}"
+        if self.margin == 0 and not self.is_soft:
+            return "a margin of 0 is met by embeddings that are all the same; try a margin of 0.2 to 1"
+        if int(torch.stack(self.counts).sum()) == 0:
+            return "no triplet was active, so nothing was learned; try harder ones, a larger margin, or stop here"
+        return None
+
+
+def _as_tuple(target):
+    """The target in a tuple; None for an empty one."""
     is_empty = target is None or (isinstance(target, (tuple, list)) and len(target) == 0)
-    target = None if is_empty else (target,)
-    return outputs, target, loss_fn(*outputs, *(target or ()))
+    return None if is_empty else (target,)
+
+
+def _slice(data, rows, n):
+    """Some samples of a batch's data, of its tensors that have n."""
+    if torch.is_tensor(data):
+        return data[rows] if data.dim() and len(data) == n else data
+    if isinstance(data, Mapping):
+        return {key: _slice(x, rows, n) for key, x in data.items()}
+    if isinstance(data, (tuple, list)):
+        parts = [_slice(x, rows, n) for x in data]
+        return type(data)(*parts) if hasattr(data, "_fields") else parts
+    return data
+
+
+def _first_tensor(data):
+    """The first tensor in a batch's data; None where it holds none."""
+    if torch.is_tensor(data):
+        return data
+    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else ()
+    return next((x for x in map(_first_tensor, parts) if x is not None), None)
 
 
 def _data_and_target(batch):
@@ -287,7 +478,7 @@ def _weight(loss_fn, loss_outputs, data):
 
 
 def _n_samples(data):
-    """Length of the first tensor in a batch's data, 0 where it holds none."""
+    """Length of the first tensor in a batch's data that has one, 0 where none has."""
     if torch.is_tensor(data):
         return len(data) if data.dim() else 0
     parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else ()
@@ -386,6 +577,28 @@ def _values(part, metrics):
         named = value if isinstance(value, dict) else {metric.name(): value}
         entries.update({f"{part}_{name}": number for name, number in named.items() if number is not None})
     return entries
+
+
+@contextlib.contextmanager
+def _tensorboard(log_dir):
+    """A writer for TensorBoard, imported only now."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(log_dir) as writer:
+        yield writer
+
+
+def _write_log(writer, row, metrics):
+    """The numbers of an epoch, and the embeddings that a metric has collected of it."""
+    for name, value in row.items():
+        if isinstance(value, (int, float)) and name != "epoch":
+            writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
+    for metric in metrics:
+        if len(getattr(metric, "embeddings", ())) > 0:
+            writer.add_embedding(
+                torch.cat(metric.embeddings), torch.cat(metric.labels).tolist(), global_step=row["epoch"]
+            )
+    writer.flush()
 
 
 def _set_epoch(loader, epoch):
