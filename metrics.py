@@ -170,14 +170,9 @@ class EmbeddingMetric(Metric):
         """Take in a batch: `outputs[0]` embeddings (B, D), `target[0]` labels (B,); anything else is a ValueError."""
         if torch.is_grad_enabled():  # training
             return
-        labels = None if target is None else target[0]
-        is_one = len(outputs) == 1 and outputs[0].dim() == 2 and torch.is_tensor(labels)
-        if not is_one or labels.numel() != len(outputs[0]):
-            shapes = ", ".join(str(tuple(x.shape)) for x in outputs)
-            given = tuple(labels.shape) if torch.is_tensor(labels) else type(labels).__name__
-            raise ValueError(f"{self.name()} needs embeddings (B, D) and labels (B,), got {shapes} and labels {given}")
-        self.embeddings.append(outputs[0])
-        self.labels.append(labels.reshape(-1))
+        embeddings, labels = _embeddings_and_labels(self, outputs, target)
+        self.embeddings.append(embeddings)
+        self.labels.append(labels)
 
     def reset(self):
         self.embeddings, self.labels = [], []
@@ -201,6 +196,102 @@ class EmbeddingMetric(Metric):
 
     def name(self):
         return "Embeddings"
+
+
+class EmbeddingStatisticsMetric(Metric):
+    """What the embeddings of a pass are like, and how many triplets still teach: tells early why a run does not learn.
+
+    Its value is a dict; distances are Euclidean, means are over the pass:
+
+    - `spread`: root mean square distance to the mean of all; next to 0 where they have collapsed;
+    - `effective_rank`: how many dimensions they use, from 1 to D: the exponential of the entropy of the covariance's
+      eigenvalues as shares of their sum (Roy and Vetterli 2007);
+    - `norm`: mean norm;
+    - `positive_distance`, `negative_distance`: mean distance of two of one class and of two classes, within batches;
+    - `active`: share of the triplets, selected or all valid ones, whose loss is above zero. Needs `loss_fn`.
+
+    Args:
+        loss_fn: OnlineTripletLoss or BatchAllTripletLoss, the one that `fit` has; None for no `active`.
+
+    >>> import torch
+    >>> metric = EmbeddingStatisticsMetric()
+    >>> metric((torch.tensor([[0.0, 3.0], [4.0, 0.0]]),), (torch.tensor([0, 1]),), None)
+    >>> metric.value()
+    {'spread': 2.5, 'effective_rank': 1.0, 'norm': 3.5, 'negative_distance': 5.0}
+    """
+
+    def __init__(self, loss_fn=None):
+        self.loss_fn = loss_fn
+        self.reset()
+
+    @torch.no_grad()
+    def __call__(self, outputs, target, loss):
+        """Take in a batch: `outputs[0]` embeddings (B, D), `target[0]` labels (B,); anything else is a ValueError."""
+        x, labels = _embeddings_and_labels(self, outputs, target)
+        if len(x) == 0:
+            return
+        x = x.detach().to("cpu" if x.device.type == "mps" else x.device).double()  # mps has no float64
+        same = labels[:, None] == labels  # (B, B)
+        if self.center is None:
+            self.center = x.mean(dim=0)
+        shifted = x - self.center
+        distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        is_pair = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+        sums = {"n": len(x), "sum": shifted.sum(dim=0), "products": shifted.T @ shifted, "norm": x.norm(dim=1).sum()}
+        for name, pairs in (("positive", is_pair & same.to(x.device)), ("negative", ~same.to(x.device))):
+            sums |= {f"{name}_distance": (distances * pairs).sum(), f"n_{name}": pairs.sum()}
+        if self.loss_fn is not None:
+            sums |= {"active": loss[1], "n_triplets": self._n_triplets(same)}
+        self._add(sums)
+
+    def _n_triplets(self, same):
+        n_selected = getattr(self.loss_fn, "n_selected", None)
+        if n_selected is not None:
+            return n_selected
+        n_valid = ((same.sum(dim=1) - 1) * (~same).sum(dim=1)).sum()
+        return n_valid if getattr(self.loss_fn, "both_directions", True) else n_valid // 2
+
+    def _add(self, sums):
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def reset(self):
+        self.center, self.sums = None, {}
+
+    def gather(self):
+        """Take in the batches of all processes."""
+        center, sums = self.center, {k: v.cpu() if torch.is_tensor(v) else v for k, v in self.sums.items()}
+        parts = [part for part in _gathered((None if center is None else center.cpu(), sums)) if part[0] is not None]
+        self.reset()
+        for center, sums in parts:
+            self.center = center if self.center is None else self.center
+            shift, total = center - self.center, sums["sum"]
+            cross = torch.outer(total, shift)
+            products = sums["products"] + cross + cross.T + sums["n"] * torch.outer(shift, shift)
+            self._add(sums | {"sum": total + sums["n"] * shift, "products": products})
+
+    def value(self):
+        """The dict above, without what there were no pairs or triplets for; None before the first batch."""
+        if self.center is None:
+            return None
+        n, sums = self.sums["n"], self.sums
+        mean = sums["sum"] / n
+        variances = torch.linalg.eigvalsh(sums["products"] / n - torch.outer(mean, mean)).clamp(min=0)  # (D,)
+        shares = variances / variances.sum().clamp(min=torch.finfo(variances.dtype).tiny)
+        values = {
+            "spread": float(variances.sum().sqrt()),
+            "effective_rank": float(torch.special.entr(shares).sum().exp()),
+        }
+        values["norm"] = float(sums["norm"]) / n
+        for name in ("positive", "negative"):
+            if int(sums[f"n_{name}"]) > 0:
+                values[f"{name}_distance"] = float(sums[f"{name}_distance"]) / int(sums[f"n_{name}"])
+        if int(sums.get("n_triplets", 0)) > 0:
+            values["active"] = int(sums["active"]) / int(sums["n_triplets"])
+        return values
+
+    def name(self):
+        return "Embedding statistics"
 
 
 def evaluate_embeddings(embeddings, labels, reference=None, reference_labels=None, *, ks=(1, 5, 10), n_neighbors=5):
@@ -433,6 +524,17 @@ def one_shot_runs(embed, runs, *, distances=torch.cdist):
         nearest = distances(embed(test_images), embed(train_images)).argmin(dim=1)  # (n_test,)
         errors.append(float((nearest.cpu() != answers.cpu()).double().mean()))
     return float(np.mean(errors)), errors
+
+
+def _embeddings_and_labels(metric, outputs, target):
+    """Of a batch, (B, D) and (B,); ValueError where it is of another kind."""
+    labels = None if target is None else target[0]
+    is_one = len(outputs) == 1 and outputs[0].dim() == 2 and torch.is_tensor(labels)
+    if not is_one or labels.numel() != len(outputs[0]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in outputs)
+        given = tuple(labels.shape) if torch.is_tensor(labels) else type(labels).__name__
+        raise ValueError(f"{metric.name()} needs embeddings (B, D) and labels (B,), got {shapes} and labels {given}")
+    return outputs[0], labels.reshape(-1)
 
 
 def _gathered(value):

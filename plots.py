@@ -8,6 +8,7 @@ Give each tensors or arrays:
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.animation import PillowWriter
 
 
 def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=None, class_names=None, classes=None):
@@ -70,6 +71,45 @@ def compare_embeddings(sets, *, class_names=None):
     for ax in axes[0, :-1]:
         ax.get_legend().remove()
     return figure
+
+
+def embedding_movie(frames, path, *, class_names=None, titles=None, fps=4):
+    """2-D embeddings over time as an animated GIF, all frames on the same axes.
+
+    An `EmbeddingMetric` of metrics.py collects them while `fit` runs, one frame for each epoch:
+
+        frames = []
+        metric = EmbeddingMetric(lambda embeddings, labels: frames.append((embeddings, labels)) or {})
+
+    Args:
+        frames: list of `(embeddings, labels)`, (N, 2) and (N,).
+        path: the file to write.
+        class_names: as for `plot_embeddings`.
+        titles: text above each frame; by default its number, from 1.
+        fps: frames a second; the last one stays for two seconds.
+
+    Raises:
+        ValueError: no frames, other than 2-D embeddings, or another number of titles.
+    """
+    if len(frames) == 0 or (titles is not None and len(titles) != len(frames)):
+        raise ValueError(f"expected frames, and as many titles, got {len(frames)} and {len(titles or frames)}")
+    titles = range(1, len(frames) + 1) if titles is None else titles
+    classes = np.unique(np.concatenate([_array(labels) for _, labels in frames]))
+    points = np.concatenate([_array(embeddings) for embeddings, _ in frames])
+    extent = np.ptp(points, axis=0)
+    margin = 0.05 * np.where(extent > 0, extent, 1)
+    limits = np.stack((points.min(axis=0) - margin, points.max(axis=0) + margin), axis=1)  # of x and of y
+    figure = plt.figure(figsize=(5.5, 4.5), layout="constrained")
+    writer = PillowWriter(fps=fps)
+    with writer.saving(figure, path, dpi=80):
+        for (embeddings, labels), title in zip(frames, titles):
+            figure.clear()
+            ax, style = figure.add_subplot(), {"title": str(title), "class_names": class_names, "classes": classes}
+            plot_embeddings(embeddings, labels, *limits, ax=ax, **style)
+            writer.grab_frame()
+        for _ in range(2 * fps - 1):
+            writer.grab_frame()
+    plt.close(figure)
 
 
 def plot_neighbors(query_images, query_labels, images, labels, neighbors, *, class_names=None):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from datasets import BalancedBatchSampler
 from losses import BatchAllTripletLoss, GlobalBatchLoss, OnlineContrastiveLoss, OnlineTripletLoss
-from metrics import AccumulatedAccuracyMetric, AverageNonzeroTripletsMetric, EmbeddingMetric
+from metrics import AccumulatedAccuracyMetric, AverageNonzeroTripletsMetric, EmbeddingMetric, EmbeddingStatisticsMetric
 from networks import ClassificationNet
 from trainer import extract_embeddings, fit, test_epoch
 from utils import (
@@ -97,10 +97,19 @@ def evaluate(rank=0, n_processes=1):
     sampler = DistributedSampler(data, n_processes, rank, shuffle=False) if n_processes > 1 else None
     loader = DataLoader(data, batch_size=2, sampler=sampler)
     model, classifier = make_model(), ClassificationNet(make_model(), 4, embedding_dim=3)
-    _, [retrieval] = test_epoch(loader, model, BatchAllTripletLoss(1.0), False, [EmbeddingMetric()])
+    metrics = [EmbeddingMetric(), EmbeddingStatisticsMetric()]
+    _, [retrieval, statistics] = test_epoch(loader, model, BatchAllTripletLoss(1.0), False, metrics)
+    spread = {name: statistics.value()[name] for name in ("spread", "effective_rank", "norm")}
     loss, [accuracy] = test_epoch(loader, classifier, nn.NLLLoss(), False, [AccumulatedAccuracyMetric()])
     embeddings, labels = extract_embeddings(loader, model)
-    return {"embeddings": embeddings, "labels": labels, **retrieval.value(), "accuracy": accuracy.value(), "loss": loss}
+    return {
+        "embeddings": embeddings,
+        "labels": labels,
+        **retrieval.value(),
+        **spread,
+        "accuracy": accuracy.value(),
+        "loss": loss,
+    }
 
 
 def resume(rank, n_processes, path, n_epochs):

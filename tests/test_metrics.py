@@ -1,6 +1,7 @@
 """Tests of metrics.py, against numbers worked by hand, loops and other libraries."""
 
 import itertools
+import math
 import os
 import random
 from pathlib import Path
@@ -12,10 +13,12 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch.utils.data import DataLoader, TensorDataset
 
 from datasets import load_one_shot_runs
+from losses import BatchAllTripletLoss, OnlineTripletLoss
 from metrics import (
     AccumulatedAccuracyMetric,
     AverageNonzeroTripletsMetric,
     EmbeddingMetric,
+    EmbeddingStatisticsMetric,
     Metric,
     evaluate_embeddings,
     few_shot_accuracy,
@@ -25,6 +28,7 @@ from metrics import (
 )
 from networks import SiameseNet
 from trainer import extract_embeddings, fit, test_epoch
+from utils import AllTripletSelector, BatchHardTripletSelector
 
 both_metrics = pytest.mark.parametrize("metric_class", [AccumulatedAccuracyMetric, AverageNonzeroTripletsMetric])
 
@@ -1217,6 +1221,101 @@ def test_one_shot_error_equals_loops():
     error, errors = one_shot_runs(lambda images: images.flatten(1), runs)
     assert (error, errors) == (close_to(naive_one_shot_error(runs)[0]), naive_one_shot_error(runs)[1])
     assert 0 < error < 1
+
+
+def batches_of_embeddings(n_batches=3, n=12, width=4, offset=0.0):
+    """Embeddings (n, width) and labels (n,) of each batch."""
+    generator = seeded_generator(4)
+    scale = torch.tensor([3.0, 1.0, 0.5, 0.1])[:width]
+    return [
+        (offset + scale * torch.randn(n, width, generator=generator), torch.randint(3, (n,), generator=generator))
+        for _ in range(n_batches)
+    ]
+
+
+def statistics_of(batches, **options):
+    metric = EmbeddingStatisticsMetric(**options)
+    for x, labels in batches:
+        metric((x,), (labels,), None)
+    return metric
+
+
+def naive_statistics(batches):
+    """By loops, over all embeddings together and over the pairs of each batch."""
+    x = np.concatenate([x.double().numpy() for x, _ in batches])
+    mean = x.mean(axis=0)
+    variances = np.linalg.svd(x - mean, compute_uv=False) ** 2 / len(x)
+    shares = [v / variances.sum() for v in variances if v > 0]
+    distances = {"positive_distance": [], "negative_distance": []}
+    for embeddings, labels in batches:
+        for i in range(len(labels)):
+            for j in range(i):
+                name = "positive_distance" if labels[i] == labels[j] else "negative_distance"
+                distances[name].append(math.dist(embeddings[i].tolist(), embeddings[j].tolist()))
+    return {
+        "spread": math.sqrt(sum(math.dist(row, mean) ** 2 for row in x) / len(x)),
+        "effective_rank": math.exp(-sum(p * math.log(p) for p in shares)),
+        "norm": sum(math.dist(row, np.zeros_like(row)) for row in x) / len(x),
+        **{name: sum(values) / len(values) for name, values in distances.items()},
+    }
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_statistics_are_those_of_loops(offset):
+    batches = batches_of_embeddings(offset=offset)
+    values, expected = statistics_of(batches).value(), naive_statistics(batches)
+    assert values.keys() == expected.keys()
+    for name in expected:
+        assert values[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_statistics_of_a_collapse():
+    values = statistics_of([(torch.full((6, 3), 2.0), torch.arange(6) % 2)] * 2).value()
+    assert values["spread"] == values["positive_distance"] == values["negative_distance"] == 0
+    assert values["effective_rank"] == 1
+    assert values["norm"] == pytest.approx(12**0.5)
+
+
+def test_statistics_count_the_dimensions_in_use():
+    x = torch.cat((torch.eye(5), -torch.eye(5)))
+    labels = torch.arange(10)
+    assert statistics_of([(x, labels)]).value()["effective_rank"] == pytest.approx(5)
+    assert statistics_of([(x * torch.tensor([1.0, 1, 0, 0, 0]), labels)]).value()["effective_rank"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        BatchAllTripletLoss(1.0),
+        BatchAllTripletLoss(1.0, both_directions=False),
+        OnlineTripletLoss(1.0, BatchHardTripletSelector()),
+        OnlineTripletLoss(1.0, AllTripletSelector()),
+    ],
+)
+def test_statistics_give_the_share_of_active_triplets(loss_fn):
+    metric = EmbeddingStatisticsMetric(loss_fn)
+    n_active, n = 0, 0
+    for x, labels in batches_of_embeddings():
+        loss = loss_fn(x, labels)
+        metric((x,), (labels,), loss)
+        n_active += int(loss[1])
+        if isinstance(loss_fn, OnlineTripletLoss):
+            n += len(loss_fn.triplet_selector.get_triplets(x, labels))
+        else:
+            same = [[bool(a == b) for b in labels] for a in labels]
+            pairs = [(i, j) for i in range(12) for j in range(12) if i != j and same[i][j]]
+            n += sum(1 for i, j in pairs for k in range(12) if not same[i][k] and (loss_fn.both_directions or i < j))
+    assert metric.value()["active"] == pytest.approx(n_active / n)
+    assert 0 < n_active <= n
+
+
+def test_statistics_without_pairs_or_batches():
+    metric = statistics_of([(torch.rand(1, 3), torch.tensor([0]))])
+    assert metric.value().keys() == {"spread", "effective_rank", "norm"}
+    metric.reset()
+    assert metric.value() is None
+    with pytest.raises(ValueError, match="Embedding statistics needs embeddings"):
+        metric((torch.rand(3),), (torch.arange(3),), None)
 
 
 def test_one_shot_error_is_the_mean_of_the_runs():

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgba
+from PIL import Image
 
-from metrics import verification
-from plots import compare_embeddings, plot_embeddings, plot_neighbors, plot_roc
+from metrics import EmbeddingMetric, verification
+from plots import compare_embeddings, embedding_movie, plot_embeddings, plot_neighbors, plot_roc
 
 
 @pytest.fixture(autouse=True)
@@ -268,3 +269,48 @@ def test_embeddings_in_half_precision_and_labels_of_any_kind_are_drawn():
     embeddings, labels = torch.tensor(embeddings).bfloat16(), torch.tensor(labels, dtype=torch.float32).requires_grad_()
     assert len(plot_embeddings(embeddings, labels).collections) == 3
     assert len(compare_embeddings({"a": (embeddings, labels)}).axes[0].collections) == 3
+
+
+def test_movie_has_a_picture_for_each_frame_on_the_same_axes(tmp_path, monkeypatch):
+    seen = []
+
+    def draw(embeddings, labels, xlim, ylim, **options):
+        seen.append((len(embeddings), tuple(xlim), tuple(ylim), options["title"], tuple(options["classes"])))
+        return plot_embeddings(embeddings, labels, xlim, ylim, **options)
+
+    monkeypatch.setattr("plots.plot_embeddings", draw)
+    frames = [points(6, 2), points(9, 3, scale=5.0), (torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))]
+    embedding_movie(frames, tmp_path / "movie.gif", titles=["a", "b", "c"], fps=2, class_names=["x", "y", "z"])
+    assert [(n, title, classes) for n, *_, title, classes in seen] == [
+        (6, "a", (0, 1, 2)),
+        (9, "b", (0, 1, 2)),
+        (4, "c", (0, 1, 2)),
+    ]
+    assert len({limits[1:3] for limits in seen}) == 1
+    (low, high), _ = seen[0][1:3]
+    assert low < frames[1][0][:, 0].min() < frames[1][0][:, 0].max() < high
+    with Image.open(tmp_path / "movie.gif") as movie:
+        assert movie.n_frames == 3 or movie.n_frames == 6  # equal frames at the end may be one that lasts
+    assert plt.get_fignums() == []
+
+
+def test_movie_of_one_point(tmp_path):
+    embedding_movie([(np.zeros((3, 2)), np.zeros(3))] * 2, tmp_path / "movie.gif")
+    assert (tmp_path / "movie.gif").stat().st_size > 0
+
+
+def test_movie_is_collected_by_a_metric():
+    frames = []
+    metric = EmbeddingMetric(lambda embeddings, labels: frames.append((embeddings, labels)) or {})
+    with torch.no_grad():
+        for _ in range(2):
+            metric.reset()
+            metric((torch.rand(5, 2),), (torch.arange(5),), None)
+            assert metric.value() == {}
+    assert [len(embeddings) for embeddings, _ in frames] == [5, 5]
+
+
+@pytest.mark.parametrize(("frames", "titles"), [([], None), ([points(4, 2)], ["a", "b"])])
+def test_movie_of_nothing_is_an_error(tmp_path, frames, titles):
+    with pytest.raises(ValueError, match="expected frames, and as many titles"):
+        embedding_movie(frames, tmp_path / "movie.gif", titles=titles)

@@ -53,7 +53,7 @@ def test_processes_evaluate_each_sample_once_and_in_order(of_processes):
         assert together.keys() == alone.keys()
         assert torch.equal(together["labels"], alone["labels"])
         torch.testing.assert_close(together["embeddings"], alone["embeddings"])
-        for name in ("recall@1", "map@r", "n_queries", "accuracy"):
+        for name in ("recall@1", "map@r", "n_queries", "accuracy", "spread", "effective_rank", "norm"):
             assert together[name] == pytest.approx(alone[name], rel=1e-6), name
         assert together["loss"] == of_processes[0]["evaluation"]["loss"]
 
