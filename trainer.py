@@ -94,8 +94,8 @@ def fit(
         amp: torch.bfloat16 or torch.float16 for the forward pass of the model, by autocast; loss and selection are in
             float32. float16 comes with gradient scaling. None for the precision that the model has.
         max_chunk: samples that go through the network at once; None for the whole batch.
-        log_dir: folder for TensorBoard: the numbers of the history, and the embeddings that an EmbeddingMetric has met,
-            for its projector. Needs the package tensorboard. None for none.
+        log_dir: folder for TensorBoard: the numbers of the history, and for its projector the last embeddings that an
+            EmbeddingMetric has met. Needs the package tensorboard. None for none.
 
     Returns:
         The history: a list with a dict for each epoch, of `epoch` (from 1), `lr` (of the first parameter group),
@@ -104,8 +104,8 @@ def fit(
 
     Raises:
         ValueError: an empty loader, or a batch that is not `(data, target)`; another `amp`, or a `max_chunk` below 1; a
-            checkpoint that is damaged, no file of
-            `fit`, or of another model, optimiser, scheduler or longer run: it is left as it is.
+            checkpoint that is damaged, none of `fit`, or of another model, optimiser, scheduler or longer run, which is
+            left as it is.
         FloatingPointError: a loss that is not finite, naming epoch and batch. On a CPU the optimiser has not made the
             step, so the weights are those of the batch before; on a GPU losses are read every `log_interval` batches.
     """
@@ -154,7 +154,7 @@ def fit(
             if _rank() == 0:
                 tqdm.write(_summary(title, row))
                 if writer is not None:
-                    _write_log(writer, row, metrics)
+                    _write_log(writer, row, metrics if epoch + 1 == n_epochs else [])
     return history
 
 
@@ -300,20 +300,18 @@ class _Step:
         parameter = next(model.parameters(), torch.empty(0))
         self.scaler = torch.amp.GradScaler(parameter.device.type) if amp == torch.float16 else None
         self.generators = [] if max_chunk is None else [torch.default_generator, *_generators([model])]
-        self.chunks = None
 
     def forward(self, data):
         """The model's outputs for a batch, a tuple; of chunks without their graphs, which `backward` makes anew."""
-        if self.max_chunk is None or _n_samples(data) <= self.max_chunk:
-            self.chunks = None
-            return self._outputs(data)
+        self.chunks = []  # with the random states before each
         n = _n_samples(data)
-        slices = [slice(start, start + self.max_chunk) for start in range(0, n, self.max_chunk)]
+        if self.max_chunk is None or n <= self.max_chunk:
+            return self._outputs(data)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        self.chunks, outputs = [], []
+        outputs = []
         with torch.no_grad():
-            for rows in slices:
-                chunk = _slice(data, rows, n)
+            for start in range(0, n, self.max_chunk):
+                chunk = _slice(data, slice(start, start + self.max_chunk), n)
                 self.chunks.append((chunk, self._random_states(chunk)))
                 outputs.append(self._outputs(chunk))
             for buffer, old in zip(self.model.buffers(), buffers):
@@ -325,7 +323,7 @@ class _Step:
         """Gradients, and a step of the optimiser."""
         self.optimizer.zero_grad()
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if self.chunks is not None:
+        if self.chunks:
             self._backward_of_chunks()
         if self.scaler is None:
             self.optimizer.step()
@@ -336,12 +334,12 @@ class _Step:
     def _backward_of_chunks(self):
         """Carry the gradient by the embeddings back through the network, with the draws as they were."""
         behind = self._random_states(self.chunks[0][0])
-        gradients = zip(*(x.grad.split(self.max_chunk) for x in self.embeddings))
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.embeddings]
+        gradients = zip(*(gradient.split(self.max_chunk) for gradient in gradients))
         for number, ((chunk, states), gradient) in enumerate(zip(self.chunks, gradients), start=1):
             self._set_random_states(chunk, states)
-            is_last = number == len(self.chunks)
-            silent = isinstance(self.model, DistributedDataParallel) and not is_last
-            with self.model.no_sync() if silent else contextlib.nullcontext():
+            waits = isinstance(self.model, DistributedDataParallel) and number < len(self.chunks)
+            with self.model.no_sync() if waits else contextlib.nullcontext():  # processes meet at the last one
                 torch.autograd.backward(self._outputs(chunk), gradient)
         self._set_random_states(self.chunks[0][0], behind)
 
@@ -383,7 +381,7 @@ class _Diagnosis:
         loss_fn = getattr(loss_fn, "loss_fn", loss_fn)  # in a GlobalBatchLoss
         self.margin = getattr(loss_fn, "margin", None)
         self.is_soft = getattr(loss_fn, "soft_margin", False)
-        self.is_silent = self.margin is None  # no loss of embeddings, whose outputs may be what they are
+        self.is_silent = self.margin is None or _rank() > 0  # outputs for other losses may be what they are
         self._reset()
 
     def _reset(self):
@@ -418,11 +416,10 @@ class _Diagnosis:
             return f"the embeddings have collapsed to a point, {state}; {self.REMEDY}"
         if not self.counts:
             return None
-        standstill = {"ln 2": math.log(2)} if self.is_soft and self.margin == 0 else {"the margin": self.margin}
-        for name, value in standstill.items():
-            if value > 0 and abs(loss - value) <= 0.02 * value and spread <= 0.1 * value:
-                state = f"the loss stands at {name}, {value:.3g}, and their spread is {spread:.1g}"
-                return f"the embeddings are about to collapse, {state}; {self.REMEDY}"
+        name, value = ("ln 2", math.log(2)) if self.is_soft and self.margin == 0 else ("the margin", self.margin)
+        if value > 0 and abs(loss - value) <= 0.02 * value and spread <= 0.1 * value:
+            state = f"the loss stands at {name}, {value:.3g}, and their spread is {spread:.1g}"
+            return f"the embeddings are about to collapse, {state}; {self.REMEDY}"
         if self.margin == 0 and not self.is_soft:
             return "a margin of 0 is met by embeddings that are all the same; try a margin of 0.2 to 1"
         if int(torch.stack(self.counts).sum()) == 0:
@@ -589,7 +586,7 @@ def _tensorboard(log_dir):
 
 
 def _write_log(writer, row, metrics):
-    """The numbers of an epoch, and the embeddings that a metric has collected of it."""
+    """The numbers of an epoch, and the embeddings that metrics have collected."""
     for name, value in row.items():
         if isinstance(value, (int, float)) and name != "epoch":
             writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])

@@ -325,7 +325,7 @@ def test_log_holds_the_history_and_the_embeddings(tmp_path):
     log = events.EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in log.Scalars("train/loss")] == [1, 2]
     assert [event.value for event in log.Scalars("val/map@r")] == pytest.approx([row["val_map@r"] for row in history])
-    assert (tmp_path / "projector_config.pbtxt").read_text().count("embeddings {") == 2
+    assert (tmp_path / "projector_config.pbtxt").read_text().count("embeddings {") == 1
 
 
 def test_without_a_log_tensorboard_is_not_imported():
