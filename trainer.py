@@ -158,7 +158,9 @@ def fit(
     return history
 
 
-def train_epoch(train_loader, model, loss_fn, optimizer, cuda, log_interval, metrics, *, title="Train"):
+def train_epoch(
+    train_loader, model, loss_fn, optimizer, cuda, log_interval, metrics, *, title="Train", amp=None, max_chunk=None
+):
     """Train for one pass over the loader; see `fit`.
 
     Returns:
@@ -166,18 +168,18 @@ def train_epoch(train_loader, model, loss_fn, optimizer, cuda, log_interval, met
     """
     model.train()
     device = _to_device(model, cuda)
-    step = _Step(model, optimizer)
+    step = _Step(model, optimizer, amp, max_chunk)
     return _run_epoch(train_loader, loss_fn, step, device, metrics, title, log_interval, is_training=True)
 
 
-def test_epoch(val_loader, model, loss_fn, cuda, metrics, *, title="Validation"):
+def test_epoch(val_loader, model, loss_fn, cuda, metrics, *, title="Validation", amp=None, max_chunk=None):
     """Evaluate on one pass over the loader, in evaluation mode and without gradient; see `fit`.
 
     Returns:
         `(loss, metrics)`: the average loss as a float, and the metrics, whose `value()` is that of the pass.
     """
     device = _to_device(model, cuda)
-    return _evaluate(val_loader, loss_fn, _Step(model), device, metrics, title)
+    return _evaluate(val_loader, loss_fn, _Step(model, None, amp, max_chunk), device, metrics, title)
 
 
 test_epoch.__test__ = False  # a function of the library, for all that pytest sees in its name
