@@ -379,8 +379,11 @@ class _Diagnosis:
         "dimensions, or normalised embeddings (EmbeddingNetL2)"
     )
 
+    PATIENCE = 50  # steps; before, a small spread may be a beginning
+
     def __init__(self, loss_fn):
         loss_fn = getattr(loss_fn, "loss_fn", loss_fn)  # in a GlobalBatchLoss
+        self.n_steps = 0
         self.margin = getattr(loss_fn, "margin", None)
         self.is_soft = getattr(loss_fn, "soft_margin", False)
         self.is_silent = self.margin is None or _rank() > 0  # outputs for other losses may be what they are
@@ -395,6 +398,7 @@ class _Diagnosis:
         if self.is_silent or x is None or x.dim() != 2 or len(x) < 2 or not x.is_floating_point():
             return
         x = x.float()
+        self.n_steps += 1
         is_counted = isinstance(loss_outputs, (tuple, list)) and len(loss_outputs) > 1
         self.losses.append((loss_outputs[0] if is_counted else loss_outputs).detach().reshape(()))
         self.spreads.append((x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt())
@@ -419,7 +423,8 @@ class _Diagnosis:
         if not self.counts:
             return None
         name, value = ("ln 2", math.log(2)) if self.is_soft and self.margin == 0 else ("the margin", self.margin)
-        if value > 0 and abs(loss - value) <= 0.02 * value and spread <= 0.1 * value:
+        is_at_standstill = abs(loss - value) <= 0.02 * value and spread <= 0.1 * value
+        if value > 0 and is_at_standstill and self.n_steps >= self.PATIENCE:
             state = f"the loss stands at {name}, {value:.3g}, and their spread is {spread:.1g}"
             return f"the embeddings are about to collapse, {state}; {self.REMEDY}"
         if self.margin == 0 and not self.is_soft:

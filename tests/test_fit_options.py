@@ -230,9 +230,9 @@ def balanced(data):
     return DataLoader(data, batch_sampler=BalancedBatchSampler(data.tensors[1], 4, 5))
 
 
-def fit_balanced(model, loss_fn, *, n_epochs=1, lr=0.02, spread=1.0):
+def fit_balanced(model, loss_fn, *, n_epochs=1, lr=0.02, spread=1.0, n=400):
     torch.manual_seed(0)
-    loader = balanced(TensorDataset(*clusters(400, spread)))
+    loader = balanced(TensorDataset(*clusters(n, spread)))
     fit(loader, None, model, loss_fn, SGD(model.parameters(), lr), None, n_epochs, False, 0)
 
 
@@ -273,8 +273,11 @@ def test_embeddings_small_beside_the_margin_are_warned_of(loss_fn, message):
     with torch.no_grad():
         net[2].weight *= 0.005
         net[2].bias *= 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_balanced(net, loss_fn, lr=0.0, n=40 * 20)  # after 40 steps it may be a beginning
     with pytest.warns(UserWarning, match=message):
-        fit_balanced(net, loss_fn, lr=0.0)
+        fit_balanced(net, loss_fn, lr=0.0, n=60 * 20)
 
 
 def test_a_margin_of_0_is_warned_of():
