@@ -2,7 +2,7 @@
 # make fashion       the same for FashionMNIST
 # make omniglot      the same for Omniglot, one-shot recognition; ALPHABETS=5 takes the first alphabets only
 # make results       run every experiment over three seeds on all data; write the tables into the README
-# make test          set up, lint, run the tests
+# make test          set up, lint, check types, run the tests
 # make benchmark     time selection, its growth, a training epoch and retrieval; write the tables into the README
 # make lab           open the notebooks in Jupyter
 #
@@ -36,6 +36,7 @@ results: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/pytest
 
 benchmark: $(VENV)/.installed-dev

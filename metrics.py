@@ -7,9 +7,12 @@ A metric is called on every batch, with the model's outputs, the target and what
 """
 
 import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 class Metric:
@@ -19,7 +22,7 @@ class Metric:
     and `value()` at the end of the pass. Collect tensors as they are: reading one (`.item()`) makes a GPU wait.
     """
 
-    def __call__(self, outputs, target, loss):
+    def __call__(self, outputs: tuple[Tensor, ...], target: tuple[Tensor] | None, loss: Any) -> None:
         """Take in a batch.
 
         Args:
@@ -29,21 +32,21 @@ class Metric:
         """
         raise NotImplementedError
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget all batches."""
         raise NotImplementedError
 
-    def gather(self):
+    def gather(self) -> None:
         """Take in what this metric has collected in the other processes of torch.distributed; by default nothing.
 
         `fit` calls it before `value()` where the processes share the samples of a pass, in all of them.
         """
 
-    def value(self):
+    def value(self) -> Any:
         """The value over all batches since the last reset: a number, a dict of numbers by name, or None for none."""
         raise NotImplementedError
 
-    def name(self):
+    def name(self) -> str:
         """The name under which the value is reported."""
         raise NotImplementedError
 
@@ -58,12 +61,16 @@ class AccumulatedAccuracyMetric(Metric):
     50.0
     """
 
-    def __init__(self):
+    correct: Any
+    largest_label: Any
+    total: int
+
+    def __init__(self) -> None:
         self.reset()
 
-    def __call__(self, outputs, target, loss):
+    def __call__(self, outputs: tuple[Tensor, ...], target: tuple[Tensor] | None, loss: Any) -> None:
         """Take in a batch: `outputs[0]` scores (B, C), `target[0]` labels (B,); anything else is a ValueError."""
-        labels = None if target is None else target[0]
+        labels: Any = None if target is None else target[0]
         n_labels = labels.numel() if hasattr(labels, "numel") else None
         if len(outputs) != 1 or outputs[0].dim() != 2 or n_labels != len(outputs[0]):
             shapes = ", ".join(str(tuple(x.shape)) for x in outputs)
@@ -77,20 +84,20 @@ class AccumulatedAccuracyMetric(Metric):
         self.n_classes = outputs[0].shape[1]
         self.total += len(labels)
 
-    def reset(self):
+    def reset(self) -> None:
         self.correct = 0
         self.largest_label = 0
         self.n_classes = 0
         self.total = 0
 
-    def gather(self):
+    def gather(self) -> None:
         """Count the samples of all processes."""
         own = int(self.correct), int(self.largest_label), self.n_classes, self.total
         correct, largest_labels, n_classes, totals = zip(*_gathered(own))
         self.correct, self.largest_label = sum(correct), torch.tensor(max(largest_labels))
         self.n_classes, self.total = max(n_classes), sum(totals)
 
-    def value(self):
+    def value(self) -> float:
         """Accuracy in per cent; ValueError before the first batch, or where the outputs were no scores of classes."""
         if self.total == 0:
             raise ValueError("Accuracy has no value before the first batch")
@@ -99,7 +106,7 @@ class AccumulatedAccuracyMetric(Metric):
             raise ValueError(f"Accuracy met {classes}: are these embeddings rather than scores of classes?")
         return 100 * float(self.correct) / self.total
 
-    def name(self):
+    def name(self) -> str:
         return "Accuracy"
 
 
@@ -114,31 +121,31 @@ class AverageNonzeroTripletsMetric(Metric):
     30.0
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reset()
 
-    def __call__(self, outputs, target, loss):
+    def __call__(self, outputs: tuple[Tensor, ...], target: tuple[Tensor] | None, loss: Any) -> None:
         """Take in a batch: `loss` is `(loss, count)`, as OnlineTripletLoss returns; anything else is a ValueError."""
         if not isinstance(loss, (tuple, list)) or len(loss) < 2:
             raise ValueError("Average nonzero triplets needs what OnlineTripletLoss returns, (loss, count)")
         self.count += loss[1]
         self.n_batches += 1
 
-    def reset(self):
+    def reset(self) -> None:
         self.count = 0
         self.n_batches = 0
 
-    def gather(self):
+    def gather(self) -> None:
         """Count the batches of all processes."""
         self.count, self.n_batches = map(sum, zip(*_gathered((int(self.count), self.n_batches))))
 
-    def value(self):
+    def value(self) -> float:
         """Mean count a batch; ValueError before the first batch."""
         if self.n_batches == 0:
             raise ValueError("Average nonzero triplets has no value before the first batch")
         return float(self.count) / self.n_batches
 
-    def name(self):
+    def name(self) -> str:
         return "Average nonzero triplets"
 
 
@@ -161,12 +168,14 @@ class EmbeddingMetric(Metric):
     1.0
     """
 
-    def __init__(self, function=None, *, keys=None):
+    def __init__(
+        self, function: Callable[[Tensor, Tensor], dict] | None = None, *, keys: Sequence[str] | None = None
+    ) -> None:
         self.function = evaluate_embeddings if function is None else function
         self.keys = keys
         self.reset()
 
-    def __call__(self, outputs, target, loss):
+    def __call__(self, outputs: tuple[Tensor, ...], target: tuple[Tensor] | None, loss: Any) -> None:
         """Take in a batch: `outputs[0]` embeddings (B, D), `target[0]` labels (B,); anything else is a ValueError."""
         if torch.is_grad_enabled():  # training
             return
@@ -174,17 +183,18 @@ class EmbeddingMetric(Metric):
         self.embeddings.append(embeddings)
         self.labels.append(labels)
 
-    def reset(self):
-        self.embeddings, self.labels = [], []
+    def reset(self) -> None:
+        self.embeddings: list[Tensor] = []
+        self.labels: list[Tensor] = []
 
-    def gather(self):
+    def gather(self) -> None:
         """Take in the embeddings of all processes, as dealt to them one by one by torch's DistributedSampler."""
         if self.embeddings:
             device = self.embeddings[0].device
             parts = zip(*_gathered((torch.cat(self.embeddings).cpu(), torch.cat(self.labels).cpu())))
             self.embeddings, self.labels = ([_in_turn(part).to(device)] for part in parts)
 
-    def value(self):
+    def value(self) -> dict[str, float] | None:
         """A dict of numbers by name; None where no batch was evaluated."""
         if not self.embeddings:
             return None
@@ -194,7 +204,7 @@ class EmbeddingMetric(Metric):
             raise ValueError(f"expected keys among {', '.join(values)}, got {', '.join(keys)}")
         return {key: values[key] for key in keys if isinstance(values[key], numbers.Real)}
 
-    def name(self):
+    def name(self) -> str:
         return "Embeddings"
 
 
@@ -220,12 +230,15 @@ class EmbeddingStatisticsMetric(Metric):
     {'spread': 2.5, 'effective_rank': 1.0, 'norm': 3.5, 'negative_distance': 5.0}
     """
 
-    def __init__(self, loss_fn=None):
+    center: Any
+    sums: dict[str, Any]
+
+    def __init__(self, loss_fn: Any = None) -> None:
         self.loss_fn = loss_fn
         self.reset()
 
     @torch.no_grad()
-    def __call__(self, outputs, target, loss):
+    def __call__(self, outputs: tuple[Tensor, ...], target: tuple[Tensor] | None, loss: Any) -> None:
         """Take in a batch: `outputs[0]` embeddings (B, D), `target[0]` labels (B,); anything else is a ValueError."""
         x, labels = _embeddings_and_labels(self, outputs, target)
         if len(x) == 0:
@@ -255,10 +268,11 @@ class EmbeddingStatisticsMetric(Metric):
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
-    def reset(self):
-        self.center, self.sums = None, {}
+    def reset(self) -> None:
+        self.center = None
+        self.sums = {}
 
-    def gather(self):
+    def gather(self) -> None:
         """Take in the batches of all processes."""
         center, sums = self.center, {k: v.cpu() if torch.is_tensor(v) else v for k, v in self.sums.items()}
         parts = [part for part in _gathered((None if center is None else center.cpu(), sums)) if part[0] is not None]
@@ -270,7 +284,7 @@ class EmbeddingStatisticsMetric(Metric):
             products = sums["products"] + cross + cross.T + sums["n"] * torch.outer(shift, shift)
             self._add(sums | {"sum": total + sums["n"] * shift, "products": products})
 
-    def value(self):
+    def value(self) -> dict[str, float] | None:
         """The dict above, without what there were no pairs or triplets for; None before the first batch."""
         if self.center is None:
             return None
@@ -290,11 +304,19 @@ class EmbeddingStatisticsMetric(Metric):
             values["active"] = int(sums["active"]) / int(sums["n_triplets"])
         return values
 
-    def name(self):
+    def name(self) -> str:
         return "Embedding statistics"
 
 
-def evaluate_embeddings(embeddings, labels, reference=None, reference_labels=None, *, ks=(1, 5, 10), n_neighbors=5):
+def evaluate_embeddings(
+    embeddings: Any,
+    labels: Any,
+    reference: Any = None,
+    reference_labels: Any = None,
+    *,
+    ks: Sequence[int] = (1, 5, 10),
+    n_neighbors: int = 5,
+) -> dict[str, float]:
     """How well the nearest neighbours of embeddings are of their class.
 
     The relevant references of a query are those of its label, R of them. Without a reference each embedding is a query
@@ -339,7 +361,8 @@ def evaluate_embeddings(embeddings, labels, reference=None, reference_labels=Non
     if len(used) == 0:
         raise ValueError("no query has a reference of its label")
 
-    k, sums = max(*ks, n_neighbors, int(R.max())), {}
+    k = max(*ks, n_neighbors, int(R.max()))
+    sums: dict[str, Any] = {}
     for rows, neighbors in _nearest(queries[used], references, k, own=used if is_self else None):
         neighbor_labels = reference_labels[neighbors]  # (n, k)
         is_relevant = neighbor_labels == labels[used[rows], None]
@@ -351,7 +374,9 @@ def evaluate_embeddings(embeddings, labels, reference=None, reference_labels=Non
     return {**means, "n_queries": len(used), "n_left_out": len(labels) - len(used)}
 
 
-def knn_predict(embeddings, reference, reference_labels, *, n_neighbors=5):
+def knn_predict(
+    embeddings: Any, reference: Any, reference_labels: Any, *, n_neighbors: int = 5
+) -> tuple[Tensor, Tensor, Tensor]:
     """Labels of new embeddings by a vote of their nearest neighbours among embeddings of known label.
 
     The label that most of them have; among equals that of the nearest.
@@ -384,7 +409,14 @@ def knn_predict(embeddings, reference, reference_labels, *, n_neighbors=5):
     return _vote(reference_labels[neighbors]), neighbors, distances
 
 
-def verification(embeddings, labels, *, max_pairs=None, fars=(0.001, 0.01), generator=None):
+def verification(
+    embeddings: Any,
+    labels: Any,
+    *,
+    max_pairs: int | None = None,
+    fars: Sequence[float] = (0.001, 0.01),
+    generator: torch.Generator | None = None,
+) -> dict[str, Any]:
     """Same class or not: how well the distance of two embeddings tells, over all pairs or a sample of them.
 
     A pair is accepted where its Euclidean distance is below a threshold. TAR is the share of same-class pairs that are
@@ -433,7 +465,17 @@ def verification(embeddings, labels, *, max_pairs=None, fars=(0.001, 0.01), gene
     return {**values, "n_positive": len(positive), "n_negative": len(negative), "is_sample": is_sample}
 
 
-def few_shot_accuracy(embeddings, labels, n_way, n_shot, *, n_query=15, n_episodes=1000, groups=None, generator=None):
+def few_shot_accuracy(
+    embeddings: Any,
+    labels: Any,
+    n_way: int,
+    n_shot: int,
+    *,
+    n_query: int = 15,
+    n_episodes: int = 1000,
+    groups: Any = None,
+    generator: torch.Generator | None = None,
+) -> tuple[float, float]:
     """Accuracy of N-way K-shot episodes: each query goes to the nearest prototype (Snell et al. 2017).
 
     An episode draws `n_way` classes, and of each `n_shot` samples, whose mean is the prototype, and `n_query` others to
@@ -497,7 +539,9 @@ def _by_group(classes, groups, x):
 
 
 @torch.no_grad()
-def one_shot_runs(embed, runs, *, distances=torch.cdist):
+def one_shot_runs(
+    embed: Callable, runs: Sequence[tuple[Tensor, Tensor, Tensor]], *, distances: Callable[..., Tensor] = torch.cdist
+) -> tuple[float, list[float]]:
     """Error of one-shot runs, such as Omniglot's: each test image goes to the nearest training image, by itself.
 
     Args:

@@ -10,7 +10,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class EmbeddingNet(nn.Module):
@@ -28,7 +28,7 @@ class EmbeddingNet(nn.Module):
     torch.Size([8, 2])
     """
 
-    def __init__(self, embedding_dim=2, in_channels=1, *, dropout=0.0):
+    def __init__(self, embedding_dim: int = 2, in_channels: int = 1, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.dropout = dropout
@@ -42,7 +42,7 @@ class EmbeddingNet(nn.Module):
             nn.Linear(256, embedding_dim),
         )  # fmt: skip
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Embed a batch.
 
         Args:
@@ -65,12 +65,12 @@ class EmbeddingNet(nn.Module):
         x = F.dropout(x.flatten(start_dim=1), self.dropout, self.training)
         return self.fc(x)  # (B, D)
 
-    def get_embedding(self, x):
+    def get_embedding(self, x: Tensor) -> Tensor:
         """Embeddings (B, D) of a batch: the same as calling the network."""
         return self(x)
 
     @property
-    def embedding_dim(self):
+    def embedding_dim(self) -> int | None:
         """D, the width of the last dense layer, also of one put in its place; None where there is none."""
         return _width_of_last_linear(self.fc)
 
@@ -83,7 +83,7 @@ class EmbeddingNetL2(EmbeddingNet):
     True
     """
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Embed a batch: (B, in_channels, H, W) to (B, D) of norm 1, see `EmbeddingNet.forward`."""
         embeddings = super().forward(x)
         at_least_float32 = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))  # eps is 0 in float16
@@ -104,7 +104,7 @@ class ConvNet4(nn.Module):
     torch.Size([8, 64])
     """
 
-    def __init__(self, embedding_dim=64, in_channels=1):
+    def __init__(self, embedding_dim: int = 64, in_channels: int = 1) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
         widths = [in_channels, 64, 64, 64, embedding_dim]
@@ -115,13 +115,13 @@ class ConvNet4(nn.Module):
         # ReLU behind the pool instead of ahead of it: the same function and gradient, of a quarter of the values.
         return nn.Sequential(nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.MaxPool2d(2), nn.ReLU())
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Embed a batch: float (B, in_channels, H, W), H and W at least 16, to (B, D)."""
         if _is_eager_on_cpu(x):
             x = _as_channels_last(x)  # with the pool ahead of ReLU, a step takes three fifths of the time
         return self.convnet(x).mean(dim=(2, 3))
 
-    def get_embedding(self, x):
+    def get_embedding(self, x: Tensor) -> Tensor:
         """Embeddings (B, D) of a batch: the same as calling the network."""
         return self(x)
 
@@ -141,7 +141,7 @@ class ClassificationNet(nn.Module):
     torch.Size([8, 10])
     """
 
-    def __init__(self, embedding_net, n_classes, *, embedding_dim=None):
+    def __init__(self, embedding_net: nn.Module, n_classes: int, *, embedding_dim: int | None = None) -> None:
         super().__init__()
         if embedding_dim is None:
             embedding_dim = _embedding_dim_of(embedding_net)
@@ -150,11 +150,11 @@ class ClassificationNet(nn.Module):
         self.nonlinear = nn.PReLU()
         self.fc1 = nn.Linear(embedding_dim, n_classes)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Log-probabilities (B, C) of a batch."""
         return F.log_softmax(self.fc1(self.get_embedding(x)), dim=-1)
 
-    def get_embedding(self, x):
+    def get_embedding(self, x: Tensor) -> Tensor:
         """What the dense layer sees: the embedding after its PReLU, (B, D)."""
         return self.nonlinear(self.embedding_net(x))
 
@@ -170,15 +170,15 @@ class SiameseNet(nn.Module):
     (torch.Size([8, 2]), torch.Size([8, 2]))
     """
 
-    def __init__(self, embedding_net):
+    def __init__(self, embedding_net: nn.Module) -> None:
         super().__init__()
         self.embedding_net = embedding_net
 
-    def forward(self, x1, x2):
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of both inputs, a tuple of two (B, D)."""
         return _embed_together(self.embedding_net, x1, x2)
 
-    def get_embedding(self, x):
+    def get_embedding(self, x: Tensor) -> Tensor:
         """Embeddings (B, D) of a batch."""
         return self.embedding_net(x)
 
@@ -193,15 +193,15 @@ class TripletNet(nn.Module):
     3
     """
 
-    def __init__(self, embedding_net):
+    def __init__(self, embedding_net: nn.Module) -> None:
         super().__init__()
         self.embedding_net = embedding_net
 
-    def forward(self, x1, x2, x3):
+    def forward(self, x1: Tensor, x2: Tensor, x3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings of anchor, positive and negative, a tuple of three (B, D)."""
         return _embed_together(self.embedding_net, x1, x2, x3)
 
-    def get_embedding(self, x):
+    def get_embedding(self, x: Tensor) -> Tensor:
         """Embeddings (B, D) of a batch."""
         return self.embedding_net(x)
 
@@ -226,7 +226,16 @@ class RandomAffine(nn.Module):
     torch.Size([8, 1, 28, 28])
     """
 
-    def __init__(self, *, translate=0.0, degrees=0.0, scale=0.0, shear=0.0, flip=0.0, generator=None):
+    def __init__(
+        self,
+        *,
+        translate: float = 0.0,
+        degrees: float = 0.0,
+        scale: float = 0.0,
+        shear: float = 0.0,
+        flip: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         self.translate = translate
         self.degrees = degrees
@@ -235,7 +244,7 @@ class RandomAffine(nn.Module):
         self.flip = flip
         self.generator = generator
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Transform a batch of images: float (B, C, H, W) to the same; ValueError for another shape."""
         if x.dim() != 4:
             raise ValueError(f"expected images of shape (B, C, H, W), got {tuple(x.shape)}")

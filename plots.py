@@ -6,12 +6,28 @@ Give each tensors or arrays:
     figure.savefig("embeddings.png")
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.animation import PillowWriter
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
-def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=None, class_names=None, classes=None):
+def plot_embeddings(
+    embeddings: Any,
+    labels: Any,
+    xlim: tuple[float, float] | None = None,
+    ylim: tuple[float, float] | None = None,
+    *,
+    ax: Axes | None = None,
+    title: str | None = None,
+    class_names: Sequence[str] | None = None,
+    classes: Any = None,
+) -> Axes:
     """Scatter plot of 2-D embeddings, a colour for each class.
 
     Args:
@@ -45,14 +61,14 @@ def plot_embeddings(embeddings, labels, xlim=None, ylim=None, *, ax=None, title=
         ax.set_xlim(xlim)
     if ylim is not None:
         ax.set_ylim(ylim)
-    ax.set_title(title)
+    ax.set_title(title or "")
     legend = ax.legend(markerscale=3, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for handle in legend.legend_handles:
-        handle.set_alpha(1)
+        handle.set_alpha(1)  # type: ignore[union-attr]
     return ax
 
 
-def compare_embeddings(sets, *, class_names=None):
+def compare_embeddings(sets: Mapping[str, tuple[Any, Any]], *, class_names: Sequence[str] | None = None) -> Figure:
     """Several sets of 2-D embeddings side by side on the same axes.
 
     Args:
@@ -73,7 +89,14 @@ def compare_embeddings(sets, *, class_names=None):
     return figure
 
 
-def embedding_movie(frames, path, *, class_names=None, titles=None, fps=4):
+def embedding_movie(
+    frames: Sequence[tuple[Any, Any]],
+    path: str | Path,
+    *,
+    class_names: Sequence[str] | None = None,
+    titles: Sequence | None = None,
+    fps: int = 4,
+) -> None:
     """2-D embeddings over time as an animated GIF, all frames on the same axes.
 
     An `EmbeddingMetric` of metrics.py collects them while `fit` runs, one frame for each epoch:
@@ -104,15 +127,23 @@ def embedding_movie(frames, path, *, class_names=None, titles=None, fps=4):
     with writer.saving(figure, path, dpi=80):
         for (embeddings, labels), title in zip(frames, titles):
             figure.clear()
-            ax, style = figure.add_subplot(), {"title": str(title), "class_names": class_names, "classes": classes}
-            plot_embeddings(embeddings, labels, *limits, ax=ax, **style)
+            style: Any = {"title": str(title), "class_names": class_names, "classes": classes}
+            plot_embeddings(embeddings, labels, *limits, ax=figure.add_subplot(), **style)
             writer.grab_frame()
         for _ in range(2 * fps - 1):
             writer.grab_frame()
     plt.close(figure)
 
 
-def plot_neighbors(query_images, query_labels, images, labels, neighbors, *, class_names=None):
+def plot_neighbors(
+    query_images: Any,
+    query_labels: Any,
+    images: Any,
+    labels: Any,
+    neighbors: Any,
+    *,
+    class_names: Sequence[str] | None = None,
+) -> Figure:
     """Queries, a row each, and their nearest neighbours: of the query's class in a blue frame, others in a red one.
 
     Args:
@@ -158,7 +189,7 @@ def _show(ax, image, title, colour):
         spine.set(edgecolor=colour, linewidth=1 if colour == "black" else 2.5)
 
 
-def plot_roc(curves, *, ax=None):
+def plot_roc(curves: Mapping[str, tuple[Any, Any]], *, ax: Axes | None = None) -> Axes:
     """ROC curves of verification: the share of same-class pairs accepted, against that of others, on a log axis.
 
     Args:

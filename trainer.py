@@ -16,37 +16,40 @@ import types
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 from tqdm.auto import tqdm
 
 
 def fit(
-    train_loader,
-    val_loader,
-    model,
-    loss_fn,
-    optimizer,
-    scheduler,
-    n_epochs,
-    cuda,
-    log_interval,
-    metrics=[],
-    start_epoch=0,
+    train_loader: Iterable,
+    val_loader: Iterable | None,
+    model: nn.Module,
+    loss_fn: Callable,
+    optimizer: Optimizer,
+    scheduler: Any,
+    n_epochs: int,
+    cuda: bool | int | str | torch.device | None,
+    log_interval: int,
+    metrics: Sequence[Any] = [],
+    start_epoch: int = 0,
     *,
-    checkpoint=None,
-    monitor=None,
-    mode="min",
-    amp=None,
-    max_chunk=None,
-    log_dir=None,
-):
+    checkpoint: str | os.PathLike | None = None,
+    monitor: str | None = None,
+    mode: str = "min",
+    amp: torch.dtype | None = None,
+    max_chunk: int | None = None,
+    log_dir: str | os.PathLike | None = None,
+) -> list[dict[str, Any]]:
     """Train a model, and validate it after every epoch.
 
     A batch is `(data, target)`. Data is a tensor or a tuple, passed to the model as positional arguments, or a dict,
@@ -109,10 +112,11 @@ def fit(
         FloatingPointError: a loss that is not finite, naming epoch and batch. On a CPU the optimiser has not made the
             step, so the weights are those of the batch before; on a GPU losses are read every `log_interval` batches.
     """
-    history = []
+    history: list[dict[str, Any]] = []
     device = _to_device(model, cuda)
     step = _Step(model, optimizer, amp, max_chunk)
-    file, log = contextlib.nullcontext(), contextlib.nullcontext()
+    file: Any = contextlib.nullcontext()
+    log: Any = contextlib.nullcontext()
     if checkpoint is not None:
         parts = {"model": _unwrapped(model), "optimizer": optimizer, "scheduler": scheduler, "loss_fn": loss_fn}
         parts |= {"scaler": step.scaler}
@@ -159,8 +163,18 @@ def fit(
 
 
 def train_epoch(
-    train_loader, model, loss_fn, optimizer, cuda, log_interval, metrics, *, title="Train", amp=None, max_chunk=None
-):
+    train_loader: Iterable,
+    model: nn.Module,
+    loss_fn: Callable,
+    optimizer: Optimizer,
+    cuda: bool | int | str | torch.device | None,
+    log_interval: int,
+    metrics: Sequence[Any],
+    *,
+    title: str = "Train",
+    amp: torch.dtype | None = None,
+    max_chunk: int | None = None,
+) -> tuple[float, Sequence[Any]]:
     """Train for one pass over the loader; see `fit`.
 
     Returns:
@@ -172,7 +186,17 @@ def train_epoch(
     return _run_epoch(train_loader, loss_fn, step, device, metrics, title, log_interval, is_training=True)
 
 
-def test_epoch(val_loader, model, loss_fn, cuda, metrics, *, title="Validation", amp=None, max_chunk=None):
+def test_epoch(
+    val_loader: Iterable,
+    model: nn.Module,
+    loss_fn: Callable,
+    cuda: bool | int | str | torch.device | None,
+    metrics: Sequence[Any],
+    *,
+    title: str = "Validation",
+    amp: torch.dtype | None = None,
+    max_chunk: int | None = None,
+) -> tuple[float, Sequence[Any]]:
     """Evaluate on one pass over the loader, in evaluation mode and without gradient; see `fit`.
 
     Returns:
@@ -182,11 +206,13 @@ def test_epoch(val_loader, model, loss_fn, cuda, metrics, *, title="Validation",
     return _evaluate(val_loader, loss_fn, _Step(model, None, amp, max_chunk), device, metrics, title)
 
 
-test_epoch.__test__ = False  # a function of the library, for all that pytest sees in its name
+test_epoch.__test__ = False  # type: ignore[attr-defined]  # a function of the library, for all that pytest sees in its name
 
 
 @torch.no_grad()
-def extract_embeddings(loader, model, device=None):
+def extract_embeddings(
+    loader: Iterable, model: nn.Module, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
     """Embeddings and labels of all samples of a loader, in its order, in evaluation mode and without gradient.
 
     Args:

@@ -8,11 +8,14 @@ found by tensor operations without gradient. Hand one to `OnlineContrastiveLoss`
 Letters: B batch, D embedding dimension, P pairs, T triplets. Distances are squared Euclidean unless `squared=False`.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
+from torch import Tensor
 
 
-def pdist(vectors):
+def pdist(vectors: Tensor) -> Tensor:
     """Squared Euclidean distances between all rows.
 
     The Gram matrix of the centred vectors is taken in float64, so neighbours are right far from the origin too, and
@@ -42,7 +45,7 @@ def pdist(vectors):
 class PairSelector:
     """Base class of pair selectors: override `get_pairs`."""
 
-    def get_pairs(self, embeddings, labels):
+    def get_pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the pairs of a batch.
 
         Args:
@@ -71,12 +74,12 @@ class AllPositivePairSelector(PairSelector):
     ([[0, 2]], [[0, 1], [1, 2]])
     """
 
-    def __init__(self, balance=True, *, generator=None):
+    def __init__(self, balance: bool = True, *, generator: torch.Generator | None = None) -> None:
         self.balance = balance
         self.generator = generator
 
     @torch.no_grad()
-    def get_pairs(self, embeddings, labels):
+    def get_pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         embeddings, labels = _check_batch(embeddings, labels)
         same = labels[:, None] == labels  # (B, B)
         positive_pairs = same.triu(1).nonzero()  # (P, 2)
@@ -100,11 +103,11 @@ class HardNegativePairSelector(PairSelector):
     ([[0, 1]], [[1, 3]])
     """
 
-    def __init__(self, cpu=False):
+    def __init__(self, cpu: bool = False) -> None:
         self.cpu = cpu
 
     @torch.no_grad()
-    def get_pairs(self, embeddings, labels):
+    def get_pairs(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         x, labels = _check_batch(embeddings, labels, self.cpu)
         same = labels[:, None] == labels  # (B, B)
         positive_pairs = same.triu(1).nonzero()  # (P, 2)
@@ -119,7 +122,7 @@ class HardNegativePairSelector(PairSelector):
 class TripletSelector:
     """Base class of triplet selectors: override `get_triplets`."""
 
-    def get_triplets(self, embeddings, labels):
+    def get_triplets(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Choose the triplets of a batch.
 
         Args:
@@ -147,11 +150,11 @@ class AllTripletSelector(TripletSelector):
     [[0, 2, 1]]
     """
 
-    def __init__(self, *, both_directions=False):
+    def __init__(self, *, both_directions: bool = False) -> None:
         self.both_directions = both_directions
 
     @torch.no_grad()
-    def get_triplets(self, embeddings, labels):
+    def get_triplets(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         embeddings, labels = _check_batch(embeddings, labels)
         same = labels[:, None] == labels  # (B, B)
         anchor, positive = _positive_pairs(same, self.both_directions)  # (P,), (P,)
@@ -172,11 +175,11 @@ class BatchHardTripletSelector(TripletSelector):
     [[0, 2, 3], [1, 2, 3], [2, 0, 3]]
     """
 
-    def __init__(self, cpu=False):
+    def __init__(self, cpu: bool = False) -> None:
         self.cpu = cpu
 
     @torch.no_grad()
-    def get_triplets(self, embeddings, labels):
+    def get_triplets(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         x, labels = _check_batch(embeddings, labels, self.cpu)
         if len(labels) == 0:
             return _no_triplets(embeddings)
@@ -193,14 +196,16 @@ class BatchHardTripletSelector(TripletSelector):
 class _NegativePerPairSelector(TripletSelector):
     """For each same-class pair one negative or none: subclasses say which, in `_choose`."""
 
-    def __init__(self, margin, cpu=False, *, squared=True, both_directions=False):
+    def __init__(
+        self, margin: float, cpu: bool = False, *, squared: bool = True, both_directions: bool = False
+    ) -> None:
         self.margin = margin
         self.cpu = cpu
         self.squared = squared
         self.both_directions = both_directions
 
     @torch.no_grad()
-    def get_triplets(self, embeddings, labels):
+    def get_triplets(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         x, labels = _check_batch(embeddings, labels, self.cpu)
         distances = pdist(x) if self.squared else pdist(x).sqrt()  # (B, B)
         same = labels[:, None] == labels
@@ -255,7 +260,15 @@ class RandomNegativeTripletSelector(_NegativePerPairSelector):
     [[0, 1, 2]]
     """
 
-    def __init__(self, margin, cpu=False, *, squared=True, both_directions=False, generator=None):
+    def __init__(
+        self,
+        margin: float,
+        cpu: bool = False,
+        *,
+        squared: bool = True,
+        both_directions: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__(margin, cpu, squared=squared, both_directions=both_directions)
         self.generator = generator
 
@@ -315,7 +328,15 @@ class FunctionNegativeTripletSelector(_NegativePerPairSelector):
     [[0, 1, 3]]
     """
 
-    def __init__(self, margin, negative_selection_fn, cpu=False, *, squared=True, both_directions=False):
+    def __init__(
+        self,
+        margin: float,
+        negative_selection_fn: Callable[[np.ndarray], int | None],
+        cpu: bool = False,
+        *,
+        squared: bool = True,
+        both_directions: bool = False,
+    ) -> None:
         super().__init__(margin, cpu, squared=squared, both_directions=both_directions)
         self.negative_selection_fn = negative_selection_fn
 
@@ -330,7 +351,7 @@ class FunctionNegativeTripletSelector(_NegativePerPairSelector):
         return negative, negative >= 0
 
 
-def hardest_negative(loss_values):
+def hardest_negative(loss_values: np.ndarray) -> int | None:
     """Index of the largest loss if it is above 0, else None.
 
     >>> hardest_negative(np.array([0.1, 0.7, -0.2])), hardest_negative(np.array([-0.1, 0.0]))
@@ -341,7 +362,7 @@ def hardest_negative(loss_values):
     return hardest if loss_values[hardest] > 0 else None
 
 
-def random_hard_negative(loss_values):
+def random_hard_negative(loss_values: np.ndarray) -> int | None:
     """Index drawn uniformly from the losses above 0, None if there are none.
 
     >>> random_hard_negative(np.array([-0.1, 0.7, -0.2]))
@@ -350,7 +371,7 @@ def random_hard_negative(loss_values):
     return _draw_index(torch.as_tensor(loss_values) > 0)
 
 
-def semihard_negative(loss_values, margin):
+def semihard_negative(loss_values: np.ndarray, margin: float) -> int | None:
     """Index drawn uniformly from the losses strictly between 0 and `margin`, None if there are none.
 
     >>> semihard_negative(np.array([-0.1, 0.7, 0.2]), margin=0.5)

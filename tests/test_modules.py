@@ -116,6 +116,19 @@ def test_everything_public_is_documented(name):
     assert [member for member, documented in members.items() if not documented] == []
 
 
+@each_module_and_plots
+def test_everything_public_has_type_hints(name):
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        for function in getattr(node, "body", []) if isinstance(node, (ast.Module, ast.ClassDef)) else []:
+            is_public = isinstance(function, ast.FunctionDef) and not function.name.startswith("_")
+            if not is_public or getattr(node, "name", "").startswith("_"):
+                continue
+            arguments = [*function.args.args, *function.args.kwonlyargs]
+            without = [argument.arg for argument in arguments if argument.annotation is None and argument.arg != "self"]
+            assert without == [], function.name
+            assert function.returns is not None, function.name
+
+
 # --- README
 
 
