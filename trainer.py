@@ -755,6 +755,8 @@ class _Checkpoint:
             torch.cuda.set_rng_state_all(cuda_states)
         self.history.extend(state["history"])
         self.epoch = state["epoch"]
+        if _rank() == 0:
+            tqdm.write(f"Resumed after epoch {self.epoch}, from {self.path}")
         return self.epoch
 
     def keep(self, epoch):
