@@ -751,7 +751,7 @@ class _Checkpoint:
         states, cuda_states = state["random"][_rank()]
         for generator, random_state in zip(self.generators, states):
             _set_random_state(generator, random_state)
-        if torch.cuda.is_available() and cuda_states:
+        if cuda_states and torch.cuda.is_initialized():
             torch.cuda.set_rng_state_all(cuda_states)
         self.history.extend(state["history"])
         self.epoch = state["epoch"]
@@ -762,12 +762,14 @@ class _Checkpoint:
     def keep(self, epoch):
         """Write the state after an epoch."""
         self.epoch = epoch
-        is_best, random_states = self._is_best(), _gathered(self._random_states())
-        if _rank() == 0:
-            content = _as_bytes(self._state(random_states))
-            if is_best:  # first, since a run that dies between the two repeats the epoch
+        random_states = _gathered(self._random_states())
+        content = _as_bytes(self._state(random_states)) if _rank() == 0 else None
+        try:
+            if self._is_best() and content is not None:  # first, since a run that dies between repeats the epoch
                 _replace(self._sibling("best"), content)
-            _replace(self.path, content)
+        finally:
+            if content is not None:
+                _replace(self.path, content)
 
     def __enter__(self):
         return self
@@ -791,7 +793,7 @@ class _Checkpoint:
 
     def _random_states(self):
         """Of this process: of the generators, and of its GPUs."""
-        cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return [_random_state(generator) for generator in self.generators], cuda_states
 
     def _content(self):
@@ -800,12 +802,12 @@ class _Checkpoint:
     def _is_best(self):
         if self.monitor is None:
             return False
-        value = self.history[-1].get(self.monitor)
-        if not isinstance(value, (int, float)):
+        values = [_plain(row.get(self.monitor)) for row in self.history]
+        if not isinstance(values[-1], (int, float)):
             entries = ", ".join(self.history[-1])
             raise ValueError(f"monitor={self.monitor!r} is no number of the history, whose entries are {entries}")
-        earlier = [row[self.monitor] for row in self.history[:-1] if isinstance(row.get(self.monitor), (int, float))]
-        return all(self.sign * value < self.sign * other for other in earlier)
+        earlier = [value for value in values[:-1] if isinstance(value, (int, float))]
+        return all(self.sign * values[-1] < self.sign * value for value in earlier)
 
     def _sibling(self, name):
         return self.path.with_name(f"{self.path.name}.{name}")

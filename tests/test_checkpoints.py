@@ -234,6 +234,8 @@ def test_a_best_epoch_of_before_the_interruption_stays(tmp_path):
 def test_a_monitor_that_is_none_is_an_error(tmp_path, monitor, mode):
     with pytest.raises(ValueError, match=r"expected mode|train_loss"):
         run(pairs, tmp_path / "run.pt", monitor=monitor, mode=mode)  # pairs has no validation
+    if mode == "min":
+        assert torch.load(tmp_path / "run.pt", weights_only=True)["epoch"] == 1  # kept all the same
 
 
 class Evil:
