@@ -300,7 +300,7 @@ class GlobalBatchLoss(nn.Module):
     them, with the same random draws. Of the gradient it keeps what belongs to its own embeddings, times the number of
     processes: DistributedDataParallel takes the mean over processes, so the weights get the gradient of one process
     with the whole batch. Time and memory are those of the whole batch in every process. Batches may differ in size, but
-    every process must make every call. Without torch.distributed, or with one process, the loss is as it was.
+    every process must make every call. Without torch.distributed, or with one process, only the draws are other ones.
 
     Args:
         loss_fn: an online loss, or anything called as `loss_fn(embeddings, target)`.
@@ -339,7 +339,8 @@ class GlobalBatchLoss(nn.Module):
         else:
             n_processes = 1
         if n_processes > 1:
-            _check_online("GlobalBatchLoss", "", embeddings, target, unexpected)
+            offline = "the outputs of SiameseNet and TripletNet need no gathering"
+            _check_online("GlobalBatchLoss", offline, embeddings, target, unexpected)
             embeddings, target = _gather(embeddings, target, self.process_group)
         self.n_calls += 1
         with _seeded(self.seed + self.n_calls, embeddings.device):

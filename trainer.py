@@ -741,7 +741,7 @@ class _Checkpoint:
                 raise ValueError(f"the state of this run cannot be kept in a file: {error}") from error
             return start_epoch
         try:
-            state = _read(_of_first(self._content))
+            state = _read(_of_first(self.path.read_bytes))
             _check_state(state, own, start_epoch, n_epochs)
         except (ValueError, OSError) as error:
             remedy = "It is left as it is: name another file, or move it away"
@@ -795,9 +795,6 @@ class _Checkpoint:
         """Of this process: of the generators, and of its GPUs."""
         cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return [_random_state(generator) for generator in self.generators], cuda_states
-
-    def _content(self):
-        return self.path.read_bytes()
 
     def _is_best(self):
         if self.monitor is None:
