@@ -372,7 +372,7 @@ class _Step:
         self._set_random_states(self.chunks[0][0], behind)
 
     def _outputs(self, data):
-        tensor = _first_tensor(data)
+        tensor = next(_tensors(data), None)
         precision = contextlib.nullcontext()
         if self.amp is not None and tensor is not None:
             precision = torch.autocast(tensor.device.type, self.amp)
@@ -386,7 +386,7 @@ class _Step:
         return outputs if self.amp is None else tuple(x.float() if torch.is_tensor(x) else x for x in outputs)
 
     def _random_states(self, data):
-        device = _first_tensor(data).device
+        device = next(_tensors(data)).device
         on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return [_random_state(generator) for generator in self.generators], on_gpu
 
@@ -394,7 +394,7 @@ class _Step:
         for generator, state in zip(self.generators, states[0]):
             _set_random_state(generator, state)
         if states[1] is not None:
-            torch.cuda.set_rng_state(states[1], _first_tensor(data).device)
+            torch.cuda.set_rng_state(states[1], next(_tensors(data)).device)
 
 
 class _Diagnosis:
@@ -468,22 +468,16 @@ def _as_tuple(target):
 
 def _slice(data, rows, n):
     """Some samples of a batch's data, of its tensors that have n."""
-    if torch.is_tensor(data):
-        return data[rows] if data.dim() and len(data) == n else data
-    if isinstance(data, Mapping):
-        return {key: _slice(x, rows, n) for key, x in data.items()}
-    if isinstance(data, (tuple, list)):
-        parts = [_slice(x, rows, n) for x in data]
-        return type(data)(*parts) if hasattr(data, "_fields") else parts
-    return data
+    return _map(lambda x: x[rows] if torch.is_tensor(x) and x.dim() and len(x) == n else x, data)
 
 
-def _first_tensor(data):
-    """The first tensor in a batch's data; None where it holds none."""
+def _tensors(data):
+    """The tensors in a batch's data, in order."""
     if torch.is_tensor(data):
-        return data
-    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else ()
-    return next((x for x in map(_first_tensor, parts) if x is not None), None)
+        yield data
+    elif isinstance(data, (Mapping, tuple, list)):
+        for part in data.values() if isinstance(data, Mapping) else data:
+            yield from _tensors(part)
 
 
 def _data_and_target(batch):
@@ -509,10 +503,7 @@ def _weight(loss_fn, loss_outputs, data):
 
 def _n_samples(data):
     """Length of the first tensor in a batch's data that has one, 0 where none has."""
-    if torch.is_tensor(data):
-        return len(data) if data.dim() else 0
-    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else ()
-    return next((n for n in map(_n_samples, parts) if n), 0)
+    return next((len(x) for x in _tensors(data) if x.dim() and len(x)), 0)
 
 
 def _average(losses, weights, is_shared=False):
@@ -649,22 +640,29 @@ def _summary(title, row):
 
 
 def _move(value, device):
-    """Tensors, and what else has `to`, in nested tuples, lists and dicts to a device; None leaves them where they are.
+    """Tensors, and what else has `to`, in nested tuples, lists and dicts to a device; None leaves all as it is."""
+    if device is None:
+        return value
+
+    def move(x):
+        if torch.is_tensor(x):
+            return x.to(device, non_blocking=True)
+        return x.to(device) if hasattr(x, "to") else x
+
+    return _map(move, value)
+
+
+def _map(function, value):
+    """What a function makes of each tensor, of what else has `to`, and of all that is in no tuple, list or dict.
 
     Tuples and lists come back as lists, named tuples as what they were.
     """
-    if device is None:
-        return value
-    if torch.is_tensor(value):
-        return value.to(device, non_blocking=True)
-    if hasattr(value, "to"):
-        return value.to(device)
+    if hasattr(value, "to") or not isinstance(value, (Mapping, tuple, list)):
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: _move(x, device) for key, x in value.items()}
-    if isinstance(value, (tuple, list)):
-        moved = [_move(x, device) for x in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else moved
-    return value
+        return {key: _map(function, x) for key, x in value.items()}
+    parts = [_map(function, x) for x in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else parts
 
 
 def _device(cuda):
