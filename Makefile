@@ -3,7 +3,9 @@
 # make omniglot      the same for Omniglot, one-shot recognition; ALPHABETS=5 takes the first alphabets only
 # make results       run every experiment over three seeds on all data; write the tables into the README
 # make test          set up, lint, check types, run the tests
-# make benchmark     time selection, its growth, a training epoch and retrieval; write the tables into the README
+# make benchmark     time selection, its growth, an epoch, chunks and retrieval; write the tables into the README
+# make precision     train the MNIST experiments in bfloat16; write the table into the README
+# make movies        train for three epochs on MNIST; write the README's moving pictures
 # make lab           open the notebooks in Jupyter
 #
 # DATA_ROOT (default data/) is where data sets are looked for and downloaded to; EPOCHS=1 gives a quick run.
@@ -14,12 +16,12 @@ BIN := $(VENV)/bin
 export DATA_ROOT ?= data
 export EPOCHS ?= 20
 
-.PHONY: experiments fashion omniglot results test benchmark lab clean
+.PHONY: experiments fashion omniglot results test benchmark precision movies lab clean
 
 # glibc then keeps the memory that a batch frees instead of fetching it anew for the next: a training step of 250 images
 # took 41 to 48 ms on two threads with this, 48 to 70 ms without.
-experiments fashion omniglot results: export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
-experiments fashion omniglot results: export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
+experiments fashion omniglot results precision movies: export MALLOC_MMAP_THRESHOLD_ ?= 2000000000
+experiments fashion omniglot results precision movies: export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 
 experiments: $(VENV)/.installed
 	$(BIN)/python scripts/run_notebook.py Experiments_MNIST.ipynb runs/mnist
@@ -43,8 +45,16 @@ benchmark: $(VENV)/.installed-dev
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/selection.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/scaling.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/epoch.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/chunks.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/retrieval.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/readme.py
+
+precision: $(VENV)/.installed-dev
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/precision.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/readme.py
+
+movies: $(VENV)/.installed
+	PYTHONPATH=.:scripts $(BIN)/python scripts/movies.py
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab

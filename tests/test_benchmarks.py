@@ -1,7 +1,9 @@
 """The benchmarks' own tools, and the tables in the README."""
 
+import contextlib
 import time
 
+import precision
 import pytest
 import readme
 import scaling
@@ -63,3 +65,14 @@ def test_loops_choose_what_the_selectors_choose(strategy):
     values = [losses[name](embeddings, labels) for name in ("ours", "loop")]
     values = [value[0] if isinstance(value, tuple) else value for value in values]
     torch.testing.assert_close(*values)
+
+
+def test_precision_is_of_the_notebook_s_fit_in_half_precision(monkeypatch, tmp_path):
+    for name, value in {"EPOCHS": "1", "RUN_DIR": str(tmp_path), "DATA_ROOT": "nowhere"}.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    monkeypatch.setattr("torch.autocast", lambda *args: seen.append(args) or contextlib.nullcontext())
+    numbers = precision.knn5("online_contrastive")
+    assert set(seen) == {("cpu", torch.bfloat16)}
+    assert numbers["float32"] > 99  # of all data, from results/
+    assert 50 < numbers["bfloat16"] < 99  # of this run: one epoch of the bundled images

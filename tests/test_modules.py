@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 MODULES = ["datasets", "networks", "losses", "trainer", "metrics", "utils"]
@@ -141,6 +143,9 @@ def test_readme_code_runs_as_printed(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise URLError("no connection in tests")
 
+    for name, number in itertools.product(["ants", "bees"], range(3)):  # the reader's own
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((60, 40), 64).convert("RGB").save(tmp_path / "photos" / name / f"{number}.png")
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.chdir(tmp_path)
