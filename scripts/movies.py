@@ -3,12 +3,13 @@
     python scripts/movies.py [siamese ...]    # images/mnist_NAME.gif for all five, or for those named
 
 Trains as the notebook's cell of that name does, and looks at 2,000 test images after 1, 2, 3, 5, ... batches.
+DATA_ROOT says where MNIST lies; without it the bundled images are taken.
 """
 
 import os
 import sys
 
-from reproduce import DIGITS_AND_CLOTHES, ROOT, run_cells
+from reproduce import DIGITS_AND_CLOTHES, ORIGINAL, ROOT, run_cells
 
 from plots import embedding_movie
 from trainer import extract_embeddings
@@ -17,7 +18,6 @@ IMAGES = ROOT / "images"
 EPOCHS = 3
 N_FRAMES = 36
 N_POINTS = 2000
-EXPERIMENTS = ["softmax", "siamese", "triplet", "online_contrastive", "online_triplet"]
 
 
 def steps_of(n_steps, n_frames=N_FRAMES):
@@ -59,5 +59,5 @@ def make_movie(experiment):
 
 if __name__ == "__main__":
     os.environ |= {"EPOCHS": str(EPOCHS), "RUN_DIR": str(ROOT / "runs" / "movies"), "TQDM_DISABLE": "1"}
-    for experiment in sys.argv[1:] or EXPERIMENTS:
+    for experiment in sys.argv[1:] or ORIGINAL["mnist"]:
         make_movie(experiment)

@@ -72,6 +72,9 @@ def test_precision_is_of_the_notebook_s_fit_in_half_precision(monkeypatch, tmp_p
         monkeypatch.setenv(name, value)
     seen = []
     monkeypatch.setattr("torch.autocast", lambda *args: seen.append(args) or contextlib.nullcontext())
+    with pytest.raises(ValueError, match="expected all 60,000 images"):
+        precision.knn5("online_contrastive")
+    monkeypatch.setitem(precision.N_TRAIN, "mnist", 4000)
     numbers = precision.knn5("online_contrastive")
     assert set(seen) == {("cpu", torch.bfloat16)}
     assert numbers["float32"] > 99  # of all data, from results/
