@@ -3,6 +3,7 @@
 # make omniglot      the same for Omniglot, one-shot recognition; ALPHABETS=5 takes the first alphabets only
 # make results       run every experiment over three seeds on all data; write the tables into the README
 # make test          set up, lint, check types, run the tests
+# make coverage      run the tests, and say which lines and branches of the six modules they reach
 # make benchmark     time selection, its growth, an epoch, chunks and retrieval; write the tables into the README
 # make precision     train the MNIST experiments in bfloat16; write the table into the README
 # make movies        train for three epochs on MNIST; write the README's moving pictures
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 export DATA_ROOT ?= data
 export EPOCHS ?= 20
 
-.PHONY: experiments fashion omniglot results test benchmark precision movies lab clean
+.PHONY: experiments fashion omniglot results test coverage benchmark precision movies lab clean
 
 # glibc then keeps the memory that a batch frees instead of fetching it anew for the next: a training step of 250 images
 # took 41 to 48 ms on two threads with this, 48 to 70 ms without.
@@ -40,6 +41,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+coverage: $(VENV)/.installed-dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 benchmark: $(VENV)/.installed-dev
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/selection.py
@@ -70,4 +77,4 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache
+	rm -rf runs .pytest_cache .ruff_cache .coverage*

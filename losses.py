@@ -129,10 +129,8 @@ class OnlineContrastiveLoss(nn.Module):
     def __init__(self, margin: float, pair_selector: Any) -> None:
         super().__init__()
         if not hasattr(pair_selector, "get_pairs"):
-            name = type(pair_selector).__name__
-            raise TypeError(
-                f"expected a pair selector, with get_pairs, got {name}; triplet selectors go to OnlineTripletLoss"
-            )
+            given = f"got {type(pair_selector).__name__}; triplet selectors go to OnlineTripletLoss"
+            raise TypeError(f"expected a pair selector, with get_pairs, {given}")
         self.margin = margin
         self.pair_selector = pair_selector
 
@@ -500,9 +498,8 @@ def _distances_of(embeddings, rows, columns, squared=True):
     A gathered pair costs D numbers both ways; measured, all B^2 distances are cheaper from about B^2 / 8 pairs on.
     """
     if 8 * len(rows) < len(embeddings) ** 2:
-        embeddings = embeddings.to(
-            torch.promote_types(embeddings.dtype, torch.float32)
-        )  # so that gradients add up in it
+        # In float32 ahead of the gathers, so that gradients of the same embedding add up in it.
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return _distances(embeddings.index_select(0, rows), embeddings.index_select(0, columns), squared)
     distances = _AllDistances.apply(embeddings, squared)  # (B, B)
     return distances.flatten().index_select(0, rows * len(embeddings) + columns)

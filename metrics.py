@@ -295,8 +295,8 @@ class EmbeddingStatisticsMetric(Metric):
         values = {
             "spread": float(variances.sum().sqrt()),
             "effective_rank": float(torch.special.entr(shares).sum().exp()),
+            "norm": float(sums["norm"]) / n,
         }
-        values["norm"] = float(sums["norm"]) / n
         for name in ("positive", "negative"):
             if int(sums[f"n_{name}"]) > 0:
                 values[f"{name}_distance"] = float(sums[f"{name}_distance"]) / int(sums[f"n_{name}"])

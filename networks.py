@@ -59,8 +59,8 @@ class EmbeddingNet(nn.Module):
             expected = f"(B, {in_channels}, H, W) with H and W at least 28"
             raise ValueError(f"expected images of shape {expected}, got {tuple(x.shape)}")
         x = self.convnet(x)  # (B, 64, h, w)
-        first = next((layer for layer in self.fc.modules() if isinstance(layer, nn.Linear)), None)
-        if first is not None and x.shape[1:].numel() != first.in_features:
+        dense = [layer for layer in self.fc.modules() if isinstance(layer, nn.Linear)]
+        if dense and x.shape[1:].numel() != dense[0].in_features:
             x = F.adaptive_max_pool2d(x, 4)  # (B, 64, 4, 4)
         x = F.dropout(x.flatten(start_dim=1), self.dropout, self.training)
         return self.fc(x)  # (B, D)
@@ -306,9 +306,8 @@ def _embed_together(embedding_net, *inputs):
     """One pass over the concatenated inputs: faster than one each, and batch norm sees the whole batch once."""
     embeddings = embedding_net(torch.cat(inputs))
     ends = itertools.accumulate(len(x) for x in inputs)
-    return tuple(
-        embeddings[end - len(x) : end] for x, end in zip(inputs, ends)
-    )  # split's would refuse in-place changes
+    # Slices, since the parts of a split would refuse changes in place.
+    return tuple(embeddings[end - len(x) : end] for x, end in zip(inputs, ends))
 
 
 def _embedding_dim_of(embedding_net):

@@ -52,7 +52,9 @@ def plot_embeddings(
         ax = plt.figure(figsize=(7, 6), layout="constrained").add_subplot()
     classes = np.unique(labels) if classes is None else classes
     size = float(np.clip(20000 / max(1, len(embeddings)), 3, 12))  # small points for many, visible ones for few
-    colours = plt.get_cmap("tab10" if len(classes) <= 10 else "nipy_spectral", len(classes))
+    n_colours = len(classes)
+    name_of_map = "tab10" if n_colours <= 10 else "tab20" if n_colours <= 20 else "nipy_spectral"
+    colours = plt.get_cmap(name_of_map, n_colours)
     for number, label in enumerate(classes):
         name = label if class_names is None else class_names[number]
         x, y = embeddings[labels == label].T

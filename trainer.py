@@ -267,39 +267,35 @@ def _run_epoch(loader, loss_fn, step, device, metrics, title, log_interval=None,
 
     sampler = _sampler_of_processes(loader)
     n_own = _n_own_samples(sampler)
-    losses, weights, n_checked = [], [], 0  # kept as tensors: reading one would make a GPU wait
+    losses = _Losses(title)
     disable = os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or _rank() > 0 or None  # None: without a terminal
     with tqdm(loader, desc=title, leave=False, disable=disable) as bar:
         for batch_number, batch in enumerate(bar, start=1):
             data, target = _move(_data_and_target(batch), device)
             outputs, target = step.forward(data), _as_tuple(target)
-            loss_outputs = loss_fn(*outputs, *(target or ()))
-            loss = loss_outputs[0] if isinstance(loss_outputs, (tuple, list)) else loss_outputs
-            losses.append(loss.detach().reshape(()))
-            weights.append(_weight(loss_fn, loss_outputs, data))
+            loss_outputs = loss_fn(*outputs, *target)
+            loss, count = _loss_and_count(loss_outputs)
+            losses.add(loss, _weight(loss_fn, count, data))
 
             is_logged = bool(log_interval) and batch_number % log_interval == 0
             if is_logged or loss.device.type == "cpu":
-                _check_finite(losses[n_checked:], title, n_checked)
-                n_checked = len(losses)
+                losses.check()
             if is_training:
                 step.backward(loss)
             if diagnosis is not None:
-                diagnosis.observe(outputs, loss_outputs)
+                diagnosis.observe(outputs, loss, count)
             outputs, target, n_own = _without_padding(outputs, target, n_own)
             for metric in metrics:
-                metric(outputs, target, loss_outputs)
+                metric(outputs, target or None, loss_outputs)
             if is_logged:
-                _log(bar, title, batch_number, _average(losses[-log_interval:], weights[-log_interval:]))
+                _log(bar, title, batch_number, losses.average(last=log_interval))
 
-    if not losses:
-        raise ValueError(f"{title}: the loader is empty, it gave no batch")
-    _check_finite(losses[n_checked:], title, n_checked)
+    losses.check()
     if sampler is not None:
         for metric in metrics:
             if hasattr(metric, "gather"):
                 metric.gather()
-    return _average(losses, weights, is_shared=sampler is not None), metrics
+    return losses.average(is_shared=sampler is not None), metrics
 
 
 @contextlib.contextmanager
@@ -327,24 +323,27 @@ class _Step:
         self.max_chunk = max_chunk
         parameter = next(model.parameters(), torch.empty(0))
         self.scaler = torch.amp.GradScaler(parameter.device.type) if amp == torch.float16 else None
-        self.generators = [] if max_chunk is None else [torch.default_generator, *_generators([model])]
+        self.random = None if max_chunk is None else _RandomStates([model])
+        self.chunks = []  # of the last batch, with the random states before each
 
     def forward(self, data):
         """The model's outputs for a batch, a tuple; of chunks without their graphs, which `backward` makes anew."""
-        self.chunks = []  # with the random states before each
+        self.chunks = []
         n = _n_samples(data)
         if self.max_chunk is None or n <= self.max_chunk:
             return self._outputs(data)
+        is_training = torch.is_grad_enabled()
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         outputs = []
         with torch.no_grad():
             for start in range(0, n, self.max_chunk):
                 chunk = _slice(data, slice(start, start + self.max_chunk), n)
-                self.chunks.append((chunk, self._random_states(chunk)))
+                if is_training:
+                    self.chunks.append((chunk, self.random.get()))
                 outputs.append(self._outputs(chunk))
             for buffer, old in zip(self.model.buffers(), buffers):
                 buffer.copy_(old)  # running averages are for the second pass to change
-        self.embeddings = tuple(torch.cat(x).requires_grad_(torch.is_grad_enabled()) for x in zip(*outputs))
+        self.embeddings = tuple(torch.cat(x).requires_grad_(is_training) for x in zip(*outputs))
         return self.embeddings
 
     def backward(self, loss):
@@ -361,15 +360,15 @@ class _Step:
 
     def _backward_of_chunks(self):
         """Carry the gradient by the embeddings back through the network, with the draws as they were."""
-        behind = self._random_states(self.chunks[0][0])
+        behind = self.random.get()
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.embeddings]
         gradients = zip(*(gradient.split(self.max_chunk) for gradient in gradients))
         for number, ((chunk, states), gradient) in enumerate(zip(self.chunks, gradients), start=1):
-            self._set_random_states(chunk, states)
+            self.random.set(states)
             waits = isinstance(self.model, DistributedDataParallel) and number < len(self.chunks)
             with self.model.no_sync() if waits else contextlib.nullcontext():  # processes meet at the last one
                 torch.autograd.backward(self._outputs(chunk), gradient)
-        self._set_random_states(self.chunks[0][0], behind)
+        self.random.set(behind)
 
     def _outputs(self, data):
         tensor = next(_tensors(data), None)
@@ -384,17 +383,6 @@ class _Step:
                 outputs = self.model(*data) if is_many else self.model(data)
         outputs = tuple(outputs) if type(outputs) in (tuple, list) else (outputs,)
         return outputs if self.amp is None else tuple(x.float() if torch.is_tensor(x) else x for x in outputs)
-
-    def _random_states(self, data):
-        device = next(_tensors(data)).device
-        on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return [_random_state(generator) for generator in self.generators], on_gpu
-
-    def _set_random_states(self, data, states):
-        for generator, state in zip(self.generators, states[0]):
-            _set_random_state(generator, state)
-        if states[1] is not None:
-            torch.cuda.set_rng_state(states[1], next(_tensors(data)).device)
 
 
 class _Diagnosis:
@@ -419,18 +407,17 @@ class _Diagnosis:
         self.losses, self.spreads, self.norms, self.counts = [], [], [], []  # tensors, read at the end of an epoch
 
     @torch.no_grad()
-    def observe(self, outputs, loss_outputs):
+    def observe(self, outputs, loss, count):
         x = outputs[0].detach() if torch.is_tensor(outputs[0]) else None
         if self.is_silent or x is None or x.dim() != 2 or len(x) < 2 or not x.is_floating_point():
             return
         x = x.float()
         self.n_steps += 1
-        is_counted = isinstance(loss_outputs, (tuple, list)) and len(loss_outputs) > 1
-        self.losses.append((loss_outputs[0] if is_counted else loss_outputs).detach().reshape(()))
+        self.losses.append(loss.detach().reshape(()))
         self.spreads.append((x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt())
         self.norms.append(x.square().sum(dim=1).mean().sqrt())
-        if is_counted and torch.is_tensor(loss_outputs[1]) and not loss_outputs[1].is_floating_point():
-            self.counts.append(loss_outputs[1].detach().reshape(()))
+        if count is not None:
+            self.counts.append(count)
 
     def warn(self, title):
         """Say what the epoch shows, where it shows anything."""
@@ -460,10 +447,50 @@ class _Diagnosis:
         return None
 
 
+class _Losses:
+    """The losses of a pass and what each counts for, kept as tensors: reading one would make a GPU wait."""
+
+    def __init__(self, title):
+        self.title = title
+        self.losses, self.weights, self.n_checked = [], [], 0
+
+    def add(self, loss, weight):
+        self.losses.append(loss.detach().reshape(()))
+        self.weights.append(weight)
+
+    def check(self):
+        """FloatingPointError for one that is not finite, of those added since the last check; ValueError for none."""
+        if not self.losses:
+            raise ValueError(f"{self.title}: the loader is empty, it gave no batch")
+        unchecked = self.losses[self.n_checked :]
+        for loss in torch.stack(unchecked).tolist() if unchecked else []:
+            self.n_checked += 1
+            if not math.isfinite(loss):
+                remedy = "try a lower learning rate, and look for inputs that are not finite"
+                raise FloatingPointError(f"{self.title}: the loss is {loss} in batch {self.n_checked}; {remedy}")
+
+    def average(self, last=0, is_shared=False):
+        """The weighted mean of the last ones, 0 for all; over all processes where they share a pass."""
+        losses, weights = (torch.stack(x[-last:]).cpu().double() for x in (self.losses, self.weights))
+        own = float((losses * weights).sum()), float(weights.sum())
+        total, weight = map(sum, zip(*_gathered(own))) if is_shared else own
+        return total / max(weight, 1)
+
+
 def _as_tuple(target):
-    """The target in a tuple; None for an empty one."""
+    """The target in a tuple, which is empty for an empty one."""
     is_empty = target is None or (isinstance(target, (tuple, list)) and len(target) == 0)
-    return None if is_empty else (target,)
+    return () if is_empty else (target,)
+
+
+def _loss_and_count(loss_outputs):
+    """The value that a loss returned, and the integer that came second as a 0-dim tensor, None where none did."""
+    if not isinstance(loss_outputs, (tuple, list)):
+        return loss_outputs, None
+    loss, count = loss_outputs[0], loss_outputs[1] if len(loss_outputs) > 1 else None
+    if torch.is_tensor(count) and count.numel() == 1 and not count.is_floating_point():
+        return loss, count.detach().reshape(())
+    return loss, torch.tensor(count) if isinstance(count, int) else None
 
 
 def _slice(data, rows, n):
@@ -487,32 +514,19 @@ def _data_and_target(batch):
     return batch
 
 
-def _weight(loss_fn, loss_outputs, data):
+def _weight(loss_fn, count, data):
     """What a batch counts for in averages: what its loss is the mean of, triplets where it says so, else samples."""
     n_selected = getattr(loss_fn, "n_selected", None)
     if isinstance(n_selected, int):
         return torch.tensor(n_selected)
-    is_counted = isinstance(loss_outputs, (tuple, list)) and len(loss_outputs) > 1
-    count = loss_outputs[1] if is_counted and getattr(loss_fn, "average", "active") == "active" else None
-    if torch.is_tensor(count) and count.numel() == 1 and not count.is_floating_point():
-        return count.detach().reshape(()).clamp(min=0)
-    if isinstance(count, int):
-        return torch.tensor(max(count, 0))
+    if count is not None and getattr(loss_fn, "average", "active") == "active":
+        return count.clamp(min=0)
     return torch.tensor(_n_samples(data) or 1)
 
 
 def _n_samples(data):
     """Length of the first tensor in a batch's data that has one, 0 where none has."""
     return next((len(x) for x in _tensors(data) if x.dim() and len(x)), 0)
-
-
-def _average(losses, weights, is_shared=False):
-    """The weighed mean of losses, over all processes where they share a pass."""
-    losses = torch.stack(losses).cpu().double()
-    weights = torch.stack(weights).cpu().double()
-    own = float((losses * weights).sum()), float(weights.sum())
-    total, weight = map(sum, zip(*_gathered(own))) if is_shared else own
-    return total / max(weight, 1)
 
 
 def _sampler_of_processes(loader):
@@ -538,8 +552,8 @@ def _without_padding(outputs, target, n_own):
     n = len(outputs[0]) if torch.is_tensor(outputs[0]) and outputs[0].dim() else 0
     if n_own is None or n <= n_own:
         return outputs, target, None if n_own is None else n_own - n
-    cut = [[x[:n_own] if torch.is_tensor(x) and len(x) == n else x for x in part or ()] for part in (outputs, target)]
-    return tuple(cut[0]), None if target is None else tuple(cut[1]), 0
+    parts = [[x[:n_own] if torch.is_tensor(x) and len(x) == n else x for x in part] for part in (outputs, target)]
+    return *map(tuple, parts), 0
 
 
 def _rank():
@@ -573,13 +587,6 @@ def _in_turn(parts):
     """The rows of all processes (N, ...), of which row i was dealt to process i % W."""
     place = torch.cat([torch.arange(len(part)) * len(parts) + rank for rank, part in enumerate(parts)])
     return torch.cat(parts)[place.argsort()]
-
-
-def _check_finite(losses, title, n_before):
-    for batch_number, loss in enumerate(torch.stack(losses).tolist() if losses else [], start=n_before + 1):
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            remedy = "try a lower learning rate, and look for inputs that are not finite"
-            raise FloatingPointError(f"{title}: the loss is {loss} in batch {batch_number}; {remedy}")
 
 
 def _log(bar, title, batch_number, loss):
@@ -665,25 +672,20 @@ def _map(function, value):
     return type(value)(*parts) if hasattr(value, "_fields") else parts
 
 
-def _device(cuda):
+def _to_device(model, cuda):
+    """The device that `cuda` stands for, with the model moved there; None for leaving all where it is."""
     if not cuda:
         return None
-    if cuda == 1:  # True, and what passes for it
-        if not torch.cuda.is_available():
-            raise ValueError("cuda=True, but torch sees no GPU: give cuda=False or a device")
-        return torch.device("cuda")
-    return torch.device(cuda)
+    is_true = cuda == 1  # True, and what passes for it
+    if is_true and not torch.cuda.is_available():
+        raise ValueError("cuda=True, but torch sees no GPU: give cuda=False or a device")
+    device = torch.device("cuda" if is_true else cuda)
+    model.to(device)
+    return device
 
 
 def _unwrapped(model):
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _to_device(model, cuda):
-    device = _device(cuda)
-    if device is not None:
-        model.to(device)
-    return device
 
 
 def _bring_forward(scheduler, start_epoch):
@@ -723,14 +725,14 @@ class _Checkpoint:
         self.monitor = monitor
         self.sign = 1 if mode == "min" else -1
         self.parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-        self.generators = [torch.default_generator, np.random, random, *_generators(holders)]
+        self.random = _RandomStates(holders)
         self.history = history
         self.epoch = 0
 
     def resume(self, start_epoch, n_epochs):
         """Bring all parts to the state in the file; the epochs trained, `start_epoch` where there is no file."""
         self.epoch = start_epoch
-        own = self._state(_gathered(self._random_states()))
+        own = self._state(_gathered(self.random.get()))
         if not _gathered(self.path.exists())[0]:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -746,11 +748,7 @@ class _Checkpoint:
             raise ValueError(f"cannot resume from {self.path}: {error}. {remedy}") from error
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        states, cuda_states = state["random"][_rank()]
-        for generator, random_state in zip(self.generators, states):
-            _set_random_state(generator, random_state)
-        if cuda_states and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state_all(cuda_states)
+        self.random.set(state["random"][_rank()])
         self.history.extend(state["history"])
         self.epoch = state["epoch"]
         if _rank() == 0:
@@ -760,7 +758,7 @@ class _Checkpoint:
     def keep(self, epoch):
         """Write the state after an epoch."""
         self.epoch = epoch
-        random_states = _gathered(self._random_states())
+        random_states = _gathered(self.random.get())
         content = _as_bytes(self._state(random_states)) if _rank() == 0 else None
         try:
             if self._is_best() and content is not None:  # first, since a run that dies between repeats the epoch
@@ -775,7 +773,7 @@ class _Checkpoint:
     def __exit__(self, kind, error, traceback):
         if error is not None and _rank() == 0:
             try:
-                _replace(self._sibling("interrupted"), _as_bytes(self._state([self._random_states()])))
+                _replace(self._sibling("interrupted"), _as_bytes(self._state([self.random.get()])))
             except Exception as second:  # the first error is the one to be seen
                 warnings.warn(f"what the interrupted epoch trained could not be kept: {second}", stacklevel=2)
 
@@ -788,11 +786,6 @@ class _Checkpoint:
             "scheduler_name": type(self.parts.get("scheduler")).__name__,
             "random": random_states,
         }
-
-    def _random_states(self):
-        """Of this process: of the generators, and of its GPUs."""
-        cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return [_random_state(generator) for generator in self.generators], cuda_states
 
     def _is_best(self):
         if self.monitor is None:
@@ -869,6 +862,23 @@ def _plain(value):
 
 def _kind(x):
     return f"{tuple(x.shape)} {x.dtype}" if torch.is_tensor(x) else type(x).__name__
+
+
+class _RandomStates:
+    """States of torch's, numpy's and Python's random generators, of those that objects hold, and of the GPUs'."""
+
+    def __init__(self, holders):
+        self.generators = [torch.default_generator, np.random, random, *_generators(holders)]
+
+    def get(self):
+        cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return [_random_state(generator) for generator in self.generators], cuda_states
+
+    def set(self, states):
+        for generator, state in zip(self.generators, states[0]):
+            _set_random_state(generator, state)
+        if states[1] and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state_all(states[1])
 
 
 def _generators(holders):

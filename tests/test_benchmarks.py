@@ -68,7 +68,7 @@ def test_loops_choose_what_the_selectors_choose(strategy):
 
 
 def test_precision_is_of_the_notebook_s_fit_in_half_precision(monkeypatch, tmp_path):
-    for name, value in {"EPOCHS": "1", "RUN_DIR": str(tmp_path), "DATA_ROOT": "nowhere"}.items():
+    for name, value in {"EPOCHS": "1", "RUN_DIR": str(tmp_path), "DATA_ROOT": str(tmp_path / "none")}.items():
         monkeypatch.setenv(name, value)
     seen = []
     monkeypatch.setattr("torch.autocast", lambda *args: seen.append(args) or contextlib.nullcontext())

@@ -15,7 +15,12 @@ def test_steps_are_ever_farther_apart():
 def test_movie_is_made_from_the_notebook_s_cell(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(movies, "IMAGES", tmp_path)
     monkeypatch.setattr(movies, "EPOCHS", 1)
-    for name, value in {"EPOCHS": "1", "RUN_DIR": str(tmp_path), "DATA_ROOT": "nowhere", "MPLBACKEND": "Agg"}.items():
+    for name, value in {
+        "EPOCHS": "1",
+        "RUN_DIR": str(tmp_path),
+        "DATA_ROOT": str(tmp_path / "none"),
+        "MPLBACKEND": "Agg",
+    }.items():
         monkeypatch.setenv(name, value)
     movies.make_movie("online_contrastive")
     with Image.open(tmp_path / "mnist_online_contrastive.gif") as movie:

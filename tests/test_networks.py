@@ -92,7 +92,7 @@ def test_wrapper_parameter_names_are_those_of_the_original():
 def test_saved_weights_of_the_plain_network_load(tmp_path):
     plain, net = PlainNet(), EmbeddingNet()
     torch.save(plain.state_dict(), tmp_path / "plain.pt")
-    net.load_state_dict(torch.load(tmp_path / "plain.pt"))
+    net.load_state_dict(torch.load(tmp_path / "plain.pt", weights_only=True))
     x = torch.rand(3, 1, 28, 28)
     torch.testing.assert_close(net(x), plain(x))
 
@@ -353,7 +353,7 @@ def test_every_net_can_be_copied(make_net, copied):
 def test_every_net_goes_through_a_state_dict(make_net, tmp_path):
     net, other, x = make_net(), make_net(), torch.rand(2, 1, 28, 28)
     torch.save(net.state_dict(), tmp_path / "net.pt")
-    other.load_state_dict(torch.load(tmp_path / "net.pt"))
+    other.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
     assert torch.equal(other.get_embedding(x), net.get_embedding(x))
 
 

@@ -585,6 +585,26 @@ def test_overflow_and_nan_make_up_no_triplet_D21(make, value, n_bad):
                 assert labels[a] == labels[p] != labels[n]
 
 
+@pytest.mark.parametrize("name", ["batch_hard", "hardest", "random", "semihard", "function"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_distances_that_are_not_numbers_select_no_triplet_D21(name, value):
+    embeddings = torch.randn(12, 2)
+    embeddings[5] = value  # the mean of the batch too, so that no distance is a number
+    triplets = SELECTORS[name]().get_triplets(embeddings, LABELS["balanced"])
+    assert triplets.shape == (0, 3)
+
+
+def test_batch_hard_takes_positives_that_coincide_or_nearly():
+    embeddings = torch.tensor([[0.0], [0.0], [0.5], [0.5], [0.5625]])
+    assert BatchHardTripletSelector().get_triplets(embeddings, [0, 0, 1, 1, 1]).tolist() == [
+        [0, 1, 2],
+        [1, 0, 2],
+        [2, 4, 0],
+        [3, 4, 0],
+        [4, 2, 0],
+    ]
+
+
 # What goes in, what comes out
 
 
@@ -671,7 +691,10 @@ def test_selection_is_without_gradient_and_leaves_its_inputs_alone(make):
         torch.manual_seed(0)
         results.append([indices.tolist() for indices in select(make(), given, labels)])
     assert results[0] == results[1]
-    assert not any(indices.requires_grad for indices in select(make(), embeddings, labels))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+        assert not any(indices.requires_grad for indices in select(make(), embeddings, labels))
+    assert saved == []  # nothing is kept for a backward pass
     assert embeddings.grad is None
     assert torch.equal(embeddings.detach(), before[0])
     assert torch.equal(labels, before[1])
