@@ -527,8 +527,9 @@ def test_float64_stays_float64(loss_fn):
 
 @pytest.mark.parametrize("strategy", [HardestNegativeTripletSelector, SemihardNegativeTripletSelector])
 def test_other_margin_of_the_selector_warns_D23(strategy):
-    with pytest.warns(UserWarning, match=rf"margin=1\.0 .*margin=0\.2 .*{strategy.__name__}"):
+    with pytest.warns(UserWarning, match=rf"margin=1\.0 .*margin=0\.2 .*{strategy.__name__}") as caught:
         OnlineTripletLoss(1.0, strategy(0.2))
+    assert caught[0].filename == __file__  # where the mistake is, not in the module
 
 
 @pytest.mark.parametrize("squared", [True, False])
@@ -602,6 +603,12 @@ def test_outputs_of_siamese_net_to_the_online_loss_name_the_offline_one():
     for arguments in ((*narrow, target), (*wide, target), wide, (tuple(wide), target)):
         with pytest.raises((TypeError, ValueError), match=r"\bContrastiveLoss"):
             loss_fn(*arguments)
+
+
+@pytest.mark.parametrize("given", [1, 3, 4])
+def test_another_number_of_arguments_is_named(given):
+    with pytest.raises(TypeError, match=rf"got {given} argument\(s\), the first a Tensor"):
+        OnlineTripletLoss(1.0, AllTripletSelector())(*[torch.zeros(4, 2)] * given)
 
 
 @pytest.mark.parametrize(
@@ -800,7 +807,7 @@ def test_batch_all_equals_loops(labels, squared, both_directions, average):
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         embeddings = torch.randn(len(labels), 3, generator=generator, dtype=torch.float64, requires_grad=True)
-        for margin in (0.1, 1.0, 20.0):
+        for margin in (-0.5, 0.1, 1.0, 20.0):
             options = {"squared": squared, "both_directions": both_directions, "average": average}
             loss, count = BatchAllTripletLoss(margin, **options)(embeddings, torch.tensor(labels))
             expected, expected_count = naive_batch_all(embeddings, labels, margin, **options)

@@ -131,6 +131,42 @@ def test_everything_public_has_type_hints(name):
             assert function.returns is not None, function.name
 
 
+ORIGINAL_ARGUMENTS = {
+    "datasets.SiameseMNIST": "mnist_dataset",
+    "datasets.TripletMNIST": "mnist_dataset",
+    "datasets.BalancedBatchSampler": "labels n_classes n_samples",
+    "losses.ContrastiveLoss": "margin",
+    "losses.TripletLoss": "margin",
+    "losses.OnlineContrastiveLoss": "margin pair_selector",
+    "losses.OnlineTripletLoss": "margin triplet_selector",
+    "networks.ClassificationNet": "embedding_net n_classes",
+    "networks.SiameseNet": "embedding_net",
+    "networks.TripletNet": "embedding_net",
+    "trainer.fit": "train_loader val_loader model loss_fn optimizer scheduler n_epochs cuda log_interval metrics "
+    "start_epoch",
+    "trainer.train_epoch": "train_loader model loss_fn optimizer cuda log_interval metrics",
+    "trainer.test_epoch": "val_loader model loss_fn cuda metrics",
+    "utils.pdist": "vectors",
+    "utils.AllPositivePairSelector": "balance",
+    "utils.HardNegativePairSelector": "cpu",
+    "utils.AllTripletSelector": "",
+    "utils.FunctionNegativeTripletSelector": "margin negative_selection_fn cpu",
+    "utils.HardestNegativeTripletSelector": "margin cpu",
+    "utils.RandomNegativeTripletSelector": "margin cpu",
+    "utils.SemihardNegativeTripletSelector": "margin cpu",
+    "utils.semihard_negative": "loss_values margin",
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL_ARGUMENTS)
+def test_arguments_of_the_original_keep_their_places_and_ours_go_by_name(name):
+    module, member = name.split(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), member)).parameters.values()
+    by_place = [parameter for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    assert " ".join(parameter.name for parameter in by_place) == ORIGINAL_ARGUMENTS[name]
+    assert {parameter.kind for parameter in by_place} <= {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+
+
 # --- README
 
 
