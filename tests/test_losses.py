@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from losses import BatchAllTripletLoss, ContrastiveLoss, OnlineContrastiveLoss, OnlineTripletLoss, TripletLoss
 from utils import (
@@ -976,3 +977,43 @@ def test_batch_all_passes_gradgradcheck(squared):
 def test_batch_all_takes_bool_labels():
     embeddings, labels = torch.randn(8, 3), torch.arange(8) % 2
     assert BatchAllTripletLoss(1.0)(embeddings, labels == 1)[0] == BatchAllTripletLoss(1.0)(embeddings, labels)[0]
+
+
+# Which way is taken: a slower one would give the same numbers
+
+
+class Recorder(TorchDispatchMode):
+    """The first tensor that each operation returns, by the operation's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        self.results.setdefault(function.overloadpacket.__name__, []).append(first)
+        return result
+
+
+def test_batch_all_sorts_no_more_than_a_class_for_each_anchor():
+    with Recorder() as recorder:
+        BatchAllTripletLoss(1.0)(torch.randn(12, 2), torch.tensor([0] * 3 + [1] * 5 + [2] * 4))
+    assert [tuple(result.shape) for result in recorder.results["sort"]] == [(12,), (12, 5)]
+
+
+@pytest.mark.parametrize(("n_triplets", "n_products"), [(3, 0), (4, 1)])  # of 64 distances: 6 needed, and 8
+def test_distances_of_few_pairs_are_computed_alone(n_triplets, n_products):
+    loss_fn = OnlineTripletLoss(1.0, GivenTriplets([[0, 1, 2]] * n_triplets))
+    with Recorder() as recorder:
+        loss_fn(torch.randn(8, 2), torch.arange(8) % 2)
+    assert len(recorder.results.get("addmm", [])) == n_products
+
+
+@pytest.mark.parametrize(("squared", "dtype"), [(True, torch.float32), (False, torch.float64)])
+def test_gradient_of_squared_distances_takes_products_in_float32(squared, dtype):
+    loss_fn, embeddings = BatchAllTripletLoss(1.0, squared=squared), torch.randn(8, 2, requires_grad=True)
+    loss, _ = loss_fn(embeddings, torch.arange(8) % 2)
+    with Recorder() as recorder:
+        loss.backward()
+    assert {result.dtype for result in recorder.results["mm"]} == {dtype}
