@@ -11,12 +11,12 @@ is there is not run again, so this can be stopped at any time. Where the noteboo
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tables import insert, markdown
 
 ROOT = Path(__file__).parent.parent
@@ -168,8 +168,8 @@ def summary():
             runs = [json.loads(path.read_text())["metrics"] for path in paths if path.exists()]
             for metric in runs[0] if runs else []:
                 values = [metrics[metric] for metrics in runs]
-                std = statistics.stdev(values) if len(values) > 1 else None
-                entry = {"mean": statistics.mean(values), "std": std, "n": len(values)}
+                std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                entry = {"mean": float(np.mean(values)), "std": std, "n": len(values)}
                 table.setdefault(dataset, {}).setdefault(experiment, {})[metric] = entry
     return table
 

@@ -1,10 +1,12 @@
 """Tests of fit's ways to compute (precision, chunks), of its warnings and of its log."""
 
 import math
+import random
 import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -107,11 +109,18 @@ class Recorder(nn.Module):
         return self.outputs[-1]
 
 
+class Noise(nn.Module):
+    """Draws from numpy's and from Python's generator, as a user's own layer may."""
+
+    def forward(self, x):
+        return x + np.random.rand() + random.random()
+
+
 @pytest.mark.parametrize("own_generator", [False, True])
 def test_chunks_draw_the_same_in_both_passes(own_generator):
     generator = torch.Generator().manual_seed(5) if own_generator else None
     augmentation = RandomAffine(translate=1, degrees=90, generator=generator)
-    net = Recorder(nn.Sequential(augmentation, nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)))
+    net = Recorder(nn.Sequential(augmentation, Noise(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3)))
     data = TensorDataset(torch.rand(24, 1, 4, 4), torch.arange(24) % 4)
     train(net, OnlineTripletLoss(1.0, RandomNegativeTripletSelector(1.0)), data, n_epochs=1, batch_size=12, max_chunk=5)
     assert [len(x) for x in net.outputs] == [5, 5, 2] * 4
@@ -285,12 +294,14 @@ def test_a_margin_of_0_is_warned_of():
         fit_balanced(make_net(), BatchAllTripletLoss(0.0))
 
 
-def test_an_epoch_without_an_active_triplet_is_warned_of():
-    net = make_net()
+@pytest.mark.parametrize("kind", [lambda count: count, int], ids=["tensor", "int"])
+def test_an_epoch_without_an_active_triplet_is_warned_of(kind):
+    net, loss_fn = make_net(), BatchAllTripletLoss(0.01)
+    loss_fn.register_forward_hook(lambda module, inputs, outputs: (outputs[0], kind(outputs[1])))
     with torch.no_grad():
         net[2].weight *= 100
     with pytest.warns(UserWarning, match="no triplet was active"):
-        fit_balanced(net, BatchAllTripletLoss(0.01), lr=0.0, spread=0.001)
+        fit_balanced(net, loss_fn, lr=0.0, spread=0.001)
 
 
 @pytest.mark.parametrize(

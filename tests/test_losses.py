@@ -622,6 +622,14 @@ def test_labels_of_another_shape_are_refused(loss_fn, shape):
     assert str(shape) in str(error.value)
 
 
+@pytest.mark.parametrize("loss_fn", [OnlineTripletLoss(1.0, GivenTriplets([[0, 1, 2]])), BatchAllTripletLoss(1.0)])
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 2)], ids=str)
+def test_embeddings_of_another_shape_are_refused(loss_fn, shape):
+    with pytest.raises(ValueError, match=type(loss_fn).__name__) as error:
+        loss_fn(torch.zeros(shape), torch.arange(4) % 2)
+    assert str(shape) in str(error.value)
+
+
 def test_selector_of_the_wrong_kind_names_the_loss_to_use():
     with pytest.raises(TypeError, match=r"triplet selector.*HardNegativePairSelector") as error:
         OnlineTripletLoss(1.0, HardNegativePairSelector())
@@ -874,13 +882,13 @@ def test_batch_all_on_coincident_points_has_finite_gradients_D7(squared):
     assert torch.equal(embeddings.grad, torch.zeros(6, 3))
 
 
-@pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2]])
+@pytest.mark.parametrize("labels", [[], [0], [0, 0, 0], [0, 1, 2]])
 def test_batch_all_without_triplets_is_zero_with_a_graph_D8(labels):
-    embeddings = torch.randn(3, 2, requires_grad=True)
+    embeddings = torch.randn(len(labels), 2, requires_grad=True)
     loss, count = BatchAllTripletLoss(1.0)(embeddings, labels)
     loss.backward()
     assert (loss.item(), int(count)) == (0, 0)
-    assert torch.equal(embeddings.grad, torch.zeros(3, 2))
+    assert torch.equal(embeddings.grad, torch.zeros(len(labels), 2))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -1002,11 +1010,11 @@ def test_batch_all_sorts_no_more_than_a_class_for_each_anchor():
     assert [tuple(result.shape) for result in recorder.results["sort"]] == [(12,), (12, 5)]
 
 
-@pytest.mark.parametrize(("n_triplets", "n_products"), [(3, 0), (4, 1)])  # of 64 distances: 6 needed, and 8
-def test_distances_of_few_pairs_are_computed_alone(n_triplets, n_products):
+@pytest.mark.parametrize(("B", "n_triplets", "n_products"), [(9, 5, 0), (8, 4, 1), (8, 5, 1)])
+def test_distances_of_fewer_pairs_than_an_eighth_are_computed_alone(B, n_triplets, n_products):
     loss_fn = OnlineTripletLoss(1.0, GivenTriplets([[0, 1, 2]] * n_triplets))
     with Recorder() as recorder:
-        loss_fn(torch.randn(8, 2), torch.arange(8) % 2)
+        loss_fn(torch.randn(B, 2), torch.arange(B) % 2)  # two distances for each triplet, of B^2
     assert len(recorder.results.get("addmm", [])) == n_products
 
 

@@ -1,5 +1,7 @@
 """Tests of plots.py, on the artists that it leaves on the axes."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -34,6 +36,22 @@ def test_every_class_is_drawn_in_a_colour_of_its_own(n_classes, kind):
         np.testing.assert_allclose(drawn.get_offsets(), embeddings[labels == c])
     assert len({tuple(drawn.get_facecolor()[0]) for drawn in ax.collections}) == n_classes
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [str(c) for c in range(n_classes)]
+
+
+def lab(colour):
+    """CIELAB of an sRGB colour, where distances are about those that one sees."""
+    rgb = np.asarray(to_rgba(colour)[:3])
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+    x, y, z = np.cbrt(xyz / [0.9505, 1, 1.089])  # but for near black
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("n_classes", [10, 11, 20])
+def test_up_to_twenty_colours_can_be_told_apart(n_classes):
+    ax = plot_embeddings(*points(n_classes, n_classes))
+    colours = [lab(drawn.get_facecolor()[0]) for drawn in ax.collections]
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)) > 15
 
 
 def test_names_title_and_limits_are_shown():

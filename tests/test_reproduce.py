@@ -44,12 +44,7 @@ def keep(path, metrics, **settings):
 
 
 def test_summary_and_readme_agree_with_the_results():
-    kept, made = json.loads((reproduce.RESULTS / "summary.json").read_text()), reproduce.summary()
-    assert {d: list(experiments) for d, experiments in kept.items()} == {d: list(made[d]) for d in made}
-    for dataset, experiments in made.items():
-        for experiment, metrics in experiments.items():
-            for metric, entry in metrics.items():  # Python 3.10 rounds deviations otherwise
-                assert kept[dataset][experiment][metric] == pytest.approx(entry, rel=1e-12)
+    assert json.loads((reproduce.RESULTS / "summary.json").read_text()) == reproduce.summary()
     text = reproduce.README.read_text()
     assert reproduce.with_tables(text, reproduce.summary()) == text
     for name in reproduce.tables_of(reproduce.summary()):

@@ -484,6 +484,16 @@ def test_draws_are_uniform_over_the_calls(strategy):
     assert chi_square(count_all(zip(draws[::2], draws[1::2])), n_cells=25) < CRITICAL[24]
 
 
+def test_semihard_draws_are_uniform_over_those_behind_the_nearer_ones():
+    nearer, semihard, farther = [0.1, 0.5, 0.9, 0.3, 0.7], [1.5, 1.1, 2.0, 1.7, 1.3], [3.0, 4.0]
+    embeddings = torch.tensor([0.0, 1.0, *nearer, *semihard, *farther])[:, None]
+    labels = [0, 0, *range(1, 13)]
+    selector = SemihardNegativeTripletSelector(4.0)
+    draws = [selector.get_triplets(embeddings, labels)[0, 2].item() for _ in range(1500)]
+    assert set(draws) == set(range(7, 12))
+    assert chi_square(count_all(draws), n_cells=5) < CRITICAL[4]
+
+
 @each_drawing
 def test_draws_obey_manual_seed(make):
     embeddings, labels = torch.randn(40, 2), [i % 4 for i in range(40)]
