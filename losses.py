@@ -54,6 +54,7 @@ class ContrastiveLoss(nn.Module):
         remedy += "OnlineContrastiveLoss"
         if target is None:
             raise TypeError(f"{remedy}; got no target")
+        _check_flag(remedy, size_average)
         _check_same_shape(remedy, x1, x2)
         if target.shape not in ((len(x1),), (len(x1), 1)):
             raise ValueError(f"{remedy}; got {len(x1)} pairs and a target of shape {tuple(target.shape)}")
@@ -102,6 +103,7 @@ class TripletLoss(nn.Module):
         remedy = "TripletLoss takes the three outputs of TripletNet; for one batch with labels use OnlineTripletLoss"
         if negative is None:
             raise TypeError(f"{remedy}; got two arguments")
+        _check_flag(remedy, size_average)
         _check_same_shape(remedy, anchor, positive, negative)
         d_ap, d_an = _distances(anchor, positive, self.squared), _distances(anchor, negative, self.squared)  # (T,)
         losses = _hinge(d_ap, d_an, self.margin, self.soft_margin)
@@ -172,9 +174,6 @@ class OnlineTripletLoss(nn.Module):
         squared: squared Euclidean distances; False for plain ones.
         soft_margin: log(1 + exp(.)) in place of relu(.); the soft margin of Hermans et al. 2017 has margin 0.
 
-    Attributes:
-        n_selected: T of the last batch, which the loss is a mean over; None before the first.
-
     >>> class OneTriplet:
     ...     def get_triplets(self, embeddings, labels):
     ...         return torch.tensor([[0, 1, 2]])
@@ -198,7 +197,6 @@ class OnlineTripletLoss(nn.Module):
                 warnings.warn(message, stacklevel=2)
         self.margin = margin
         self.triplet_selector = triplet_selector
-        self.n_selected: int | None = None
         self.squared = squared
         self.soft_margin = soft_margin
 
@@ -219,7 +217,6 @@ class OnlineTripletLoss(nn.Module):
         offline = "for the outputs of TripletNet use TripletLoss"
         _check_online("OnlineTripletLoss", offline, embeddings, target, unexpected)
         triplets = self.triplet_selector.get_triplets(embeddings, target).to(embeddings.device)  # (T, 3)
-        self.n_selected = len(triplets)
         if len(triplets) == 0:
             return _zero_with_graph(embeddings), torch.zeros((), dtype=torch.int64, device=embeddings.device)
         anchor, positive, negative = triplets.unbind(dim=1)  # (T,) each
@@ -305,9 +302,6 @@ class GlobalBatchLoss(nn.Module):
         process_group: the processes; None for all.
         seed: of the draws; a selector with a generator of its own draws from that, which must be the same everywhere.
 
-    Attributes:
-        n_selected, average: those of `loss_fn`, where it has them.
-
     >>> GlobalBatchLoss(BatchAllTripletLoss(margin=1.0))(torch.tensor([[0.0], [2.0], [1.0]]), torch.tensor([0, 0, 1]))
     (tensor(4.), tensor(2))
     """
@@ -343,16 +337,6 @@ class GlobalBatchLoss(nn.Module):
         self.n_calls += 1
         with _seeded(self.seed + self.n_calls, embeddings.device):
             return self.loss_fn(embeddings, target, *unexpected)
-
-    @property
-    def n_selected(self) -> int | None:
-        """That of the loss, None where it has none."""
-        return getattr(self.loss_fn, "n_selected", None)
-
-    @property
-    def average(self) -> str:
-        """That of the loss, "active" where it has none."""
-        return getattr(self.loss_fn, "average", "active")
 
     def get_extra_state(self) -> int:
         """The number of calls, for the state dict: the next draws depend on it."""
@@ -514,6 +498,12 @@ def _sqrt(squared_distances):
 def _zero_with_graph(embeddings):
     """A zero to call backward on; NaN where embeddings or their squares are not finite, so that none goes unseen."""
     return (embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)).square() * 0).sum()
+
+
+def _check_flag(remedy, size_average):
+    if not isinstance(size_average, (bool, int)) and type(size_average).__name__ != "bool_":  # a target in its place
+        shape = f" of shape {tuple(size_average.shape)}" if torch.is_tensor(size_average) else ""
+        raise TypeError(f"{remedy}; got one argument too many, a {type(size_average).__name__}{shape}")
 
 
 def _check_same_shape(remedy, *embeddings):

@@ -153,7 +153,7 @@ def plot_neighbors(
         query_labels: (n,).
         images: the reference, (M, C, H, W) or (M, H, W).
         labels: (M,).
-        neighbors: indices (n, k) into the reference, nearest first, as `knn_predict` of metrics.py returns them.
+        neighbors: indices (n, k) into the reference, nearest first, as `knn_predict` of evaluation.py returns them.
         class_names: text for each label; by default the label.
 
     Returns:
@@ -195,7 +195,7 @@ def plot_roc(curves: Mapping[str, tuple[Any, Any]], *, ax: Axes | None = None) -
     """ROC curves of verification: the share of same-class pairs accepted, against that of others, on a log axis.
 
     Args:
-        curves: dict from a name to `(far, tar)`, as `verification(...)["curve"]` of metrics.py.
+        curves: dict from a name to `(far, tar)`, as `verification(...)["curve"]` of evaluation.py.
         ax: matplotlib axes to draw on; a new figure by default.
 
     Returns:

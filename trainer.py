@@ -6,28 +6,27 @@ It is handed loaders of `(data, target)`, a model, a loss, an optimiser, a sched
 """
 
 import contextlib
-import io
+import inspect
 import math
 import os
-import pickle
-import random
 import time
-import types
 import warnings
-import zipfile
-import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DistributedSampler
 from tqdm.auto import tqdm
+
+_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
+_CHANGEABLE = (Tensor, np.ndarray, list, dict, set, deque)
 
 
 def fit(
@@ -43,122 +42,104 @@ def fit(
     metrics: Sequence[Any] = [],
     start_epoch: int = 0,
     *,
-    checkpoint: str | os.PathLike | None = None,
-    monitor: str | None = None,
-    mode: str = "min",
     amp: torch.dtype | None = None,
-    max_chunk: int | None = None,
-    log_dir: str | os.PathLike | None = None,
+    checkpoint: Any = None,
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+    scheduler_step: str = "epoch",
+    compile: bool = False,
 ) -> list[dict[str, Any]]:
     """Train a model, and validate it after every epoch.
 
     A batch is `(data, target)`. Data is a tensor or a tuple, passed to the model as positional arguments, or a dict,
-    passed by keyword. The loss gets the outputs and then the target; an empty target (`[]`) is left out. A loss may
-    return a tuple, its value first. Averages weigh each batch by what its loss is the mean of: by the triplets selected
-    where the loss says how many (`n_selected`); by an integer that comes second, the count of active triplets, unless
-    the loss says average="all"; else by its samples.
+    passed by keyword. The loss gets the outputs and then the target; an empty target (`[]`) is left out. A loss returns
+    its value, or a tuple that begins with it. Losses are averaged over samples.
 
-    Training is in training mode throughout, so parts that were put into evaluation mode beforehand train as well.
+    Training puts the model into training mode. Frozen parts stay as they are: those in evaluation mode of whose
+    parameters none requires a gradient. In validation model and loss are in evaluation mode, and afterwards the modes,
+    and the loss's state, are as before.
 
     A tqdm bar shows in a terminal and in a notebook; elsewhere, or with TQDM_DISABLE=1 in the environment, a line is
-    printed every `log_interval` batches. A line is printed for each epoch.
-
-    With a `checkpoint`, all that the run depends on is written to that file after every epoch: weights, optimiser,
-    scheduler, history and random states (torch's, numpy's, Python's, and those of generators that loaders, model, loss
-    and metrics hold). The same call then goes on where the file ends. On a CPU, without persistent workers, it ends in
-    the same weights and history, bit for bit, as without the interruption; seconds apart. When an error or Ctrl-C ends
-    a run, what the unfinished epoch has trained is written to `CHECKPOINT.interrupted`, for you alone: the call goes on
-    from the whole epoch before. `torch.load(checkpoint, weights_only=True)["model"]` is the model's state dict.
-
-    With `max_chunk`, a batch goes through the network in chunks of so many samples, and memory holds the activations of
-    one at a time: first without gradient, for the loss of the whole batch and its gradient by the embeddings; then
-    again, with the same random draws, to carry that gradient back (Gao et al. 2021, gradient caching). Selection and
-    gradient are those of the whole batch, but that batch norm sees chunks. It costs a second forward pass.
+    printed every `log_interval` batches. A line is printed for each epoch. A warning says, once, if embeddings have
+    shrunk to a point or no triplet was active.
 
     Args:
         train_loader: DataLoader, or any iterable of batches; `set_epoch` of its sampler is called before each epoch.
         val_loader: the same for validation; None for none.
-        model: `nn.Module`; left in the mode (training or evaluation) in which it came.
+        model: `nn.Module`, perhaps in DataParallel, DistributedDataParallel or torch.compile.
         loss_fn: called as `loss_fn(*outputs, target)`.
-        optimizer: a `torch.optim` optimiser of the model's parameters.
-        scheduler: stepped once at the end of each epoch, ReduceLROnPlateau with the validation loss (the training loss
-            where there is no validation); None for a constant rate.
+        optimizer: a `torch.optim` optimiser of the model's parameters, not LBFGS.
+        scheduler: a `torch.optim.lr_scheduler`; None for a constant rate. ReduceLROnPlateau gets the validation loss,
+            without validation the training loss.
         n_epochs: train up to this epoch.
-        cuda: True for the current GPU, or any device, to which model and batches are moved; False leaves them where
-            they are.
-        log_interval: number of batches between two log lines.
+        cuda: True for the current GPU, or any device, to which model, loss and batches are moved; False leaves them
+            where they are.
+        log_interval: number of batches between two log lines; 0 for none.
         metrics: list of `Metric`, called as `metric(outputs, target, loss_outputs)` with tuples of outputs and target.
         start_epoch: number of epochs already trained: 8 begins with the ninth. A scheduler that has made fewer steps is
-            brought forward; one that keeps no `last_epoch` is left as it is.
-        checkpoint: path of a file to keep the run in, and to resume it from where there is one; None for none.
-        monitor: entry of the history, such as "val_loss" or "val_map@r": the best epoch by it is written to
-            `CHECKPOINT.best` as well; None for none.
-        mode: whether "min" or "max" of it is best.
+            brought forward.
         amp: torch.bfloat16 or torch.float16 for the forward pass of the model, by autocast; loss and selection are in
             float32. float16 comes with gradient scaling. None for the precision that the model has.
-        max_chunk: samples that go through the network at once; None for the whole batch.
-        log_dir: folder for TensorBoard: the numbers of the history, and for its projector the last embeddings that an
-            EmbeddingMetric has met. Needs the package tensorboard. None for none.
+        checkpoint: an object such as `Checkpoint` of checkpoints.py: its `resume(parts)`, called before training,
+            returns the history so far, and `save(parts, history)` is called after each. None for none.
+        on_epoch: called as `on_epoch(row)` after each epoch, with the history's row, in the first process, when the
+            checkpoint has been saved; training ends if it returns True.
+        scheduler_step: step the scheduler after every "epoch", or after every "batch", as OneCycleLR wants it.
+        compile: compile model and loss as one function by torch.compile, on a GPU with mode "reduce-overhead".
 
     Returns:
-        The history: a list with a dict for each epoch, of `epoch` (from 1), `lr` (of the first parameter group),
-        `train_loss`, `val_loss` (None without validation), `seconds`, and each metric as `train_NAME` and `val_NAME`;
-        one whose value is a dict has an entry for each key instead, and one whose value is None has none.
+        The history: a list with a dict for each epoch, of `epoch` (from 1), `lr` (of the first parameter group, as the
+        epoch began), `train_loss`, `val_loss` (None without validation), `seconds`, and each metric as `train_NAME` and
+        `val_NAME`; a metric whose value is a dict has an entry for each key instead, and one whose value is None has
+        none.
 
     Raises:
-        ValueError: an empty loader, or a batch that is not `(data, target)`; another `amp`, or a `max_chunk` below 1; a
-            checkpoint that is damaged, none of `fit`, or of another model, optimiser, scheduler or longer run, which is
-            left as it is.
+        ValueError: an empty loader, or a batch that is not `(data, target)`; metrics of the same name; a scheduler that
+            does not fit the number of steps; another `amp` or `scheduler_step`; a checkpoint of another run.
+        TypeError: a batch that the model does not take, a loss that returns no number, LBFGS.
+        RuntimeError: compile=True where torch.compile does not work.
         FloatingPointError: a loss that is not finite, naming epoch and batch. On a CPU the optimiser has not made the
-            step, so the weights are those of the batch before; on a GPU losses are read every `log_interval` batches.
+            step, so the weights are those of the batch before; on a GPU losses are read every `log_interval` batches,
+            every 100 at least.
     """
-    history: list[dict[str, Any]] = []
-    device = _to_device(model, cuda)
-    step = _Step(model, optimizer, amp, max_chunk)
-    file: Any = contextlib.nullcontext()
-    log: Any = contextlib.nullcontext()
-    if checkpoint is not None:
-        parts = {"model": _unwrapped(model), "optimizer": optimizer, "scheduler": scheduler, "loss_fn": loss_fn}
-        parts |= {"scaler": step.scaler}
-        holders = (train_loader, val_loader, model, loss_fn, metrics)
-        file = _Checkpoint(checkpoint, monitor, mode, parts, holders, history)
-        start_epoch = file.resume(start_epoch, n_epochs)
-    if log_dir is not None and _rank() == 0:
-        log = _tensorboard(log_dir)
-    _bring_forward(scheduler, start_epoch)
-    diagnosis = _Diagnosis(loss_fn)
-    with _keep_modes(model), file, log as writer:
+    step = _Step(model, loss_fn, optimizer, cuda, amp, compile)
+    n_steps = _steps_of_scheduler(scheduler, scheduler_step, train_loader, n_epochs)
+    parts = {"model": model, "loss_fn": loss_fn, "optimizer": optimizer, "scheduler": scheduler, "scaler": step.scaler}
+    history: list[dict[str, Any]] = [] if checkpoint is None else _resume(checkpoint, parts, start_epoch, n_epochs)
+    start_epoch = history[-1]["epoch"] if history else start_epoch
+    _bring_forward(scheduler, start_epoch * n_steps)
+    each_batch = scheduler.step if scheduler is not None and scheduler_step == "batch" else None
+    watch = _Watch()
+    with _keep_modes(model):
+        frozen = _frozen_parts(model)
         for epoch in range(start_epoch, n_epochs):
-            began = time.perf_counter()
-            row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
-            title = f"Epoch {epoch + 1}/{n_epochs}"
-
+            began, title = time.perf_counter(), f"Epoch {epoch + 1}/{n_epochs}"
+            row: dict[str, Any] = {"epoch": epoch + 1, "lr": float(optimizer.param_groups[0]["lr"])}
             _set_epoch(train_loader, epoch)
-            model.train()
-            row["train_loss"], _ = _run_epoch(
-                train_loader, loss_fn, step, device, metrics, f"{title} train", log_interval, is_training=True,
-                diagnosis=diagnosis,
+            _to_training(model, frozen)
+            row["train_loss"] = _run_epoch(
+                train_loader, step, metrics, f"{title} train", log_interval,
+                is_training=True, watch=watch, each_batch=each_batch,
             )  # fmt: skip
-            row.update(_values("train", metrics))
-            diagnosis.warn(title)
+            _add_values(row, "train", metrics)
+            watch.warn(title)
 
             row["val_loss"] = None
             if val_loader is not None:
-                row["val_loss"], _ = _evaluate(val_loader, loss_fn, step, device, metrics, f"{title} validation")
-                row.update(_values("val", metrics))
+                row["val_loss"] = _evaluate(val_loader, step, metrics, f"{title} validation")
+                _add_values(row, "val", metrics)
 
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(row["train_loss"] if val_loader is None else row["val_loss"])
-            elif scheduler is not None:
+            elif scheduler is not None and each_batch is None:
                 scheduler.step()
             row["seconds"] = time.perf_counter() - began
             history.append(row)
             if checkpoint is not None:
-                file.keep(epoch + 1)
+                checkpoint.save(parts, history)
             if _rank() == 0:
                 tqdm.write(_summary(title, row))
-                if writer is not None:
-                    _write_log(writer, row, metrics if epoch + 1 == n_epochs else [])
+            if _is_end(on_epoch, row):
+                break
     return history
 
 
@@ -173,17 +154,15 @@ def train_epoch(
     *,
     title: str = "Train",
     amp: torch.dtype | None = None,
-    max_chunk: int | None = None,
 ) -> tuple[float, Sequence[Any]]:
-    """Train for one pass over the loader; see `fit`.
+    """Train for one pass over the loader; see `fit`. The model is left in training mode.
 
     Returns:
         `(loss, metrics)`: the average loss as a float, and the metrics, whose `value()` is that of the pass.
     """
-    model.train()
-    device = _to_device(model, cuda)
-    step = _Step(model, optimizer, amp, max_chunk)
-    return _run_epoch(train_loader, loss_fn, step, device, metrics, title, log_interval, is_training=True)
+    step = _Step(model, loss_fn, optimizer, cuda, amp)
+    _to_training(model, _frozen_parts(model))
+    return _run_epoch(train_loader, step, metrics, title, log_interval, is_training=True), metrics
 
 
 def test_epoch(
@@ -195,15 +174,13 @@ def test_epoch(
     *,
     title: str = "Validation",
     amp: torch.dtype | None = None,
-    max_chunk: int | None = None,
 ) -> tuple[float, Sequence[Any]]:
     """Evaluate on one pass over the loader, in evaluation mode and without gradient; see `fit`.
 
     Returns:
         `(loss, metrics)`: the average loss as a float, and the metrics, whose `value()` is that of the pass.
     """
-    device = _to_device(model, cuda)
-    return _evaluate(val_loader, loss_fn, _Step(model, None, amp, max_chunk), device, metrics, title)
+    return _evaluate(val_loader, _Step(model, loss_fn, None, cuda, amp), metrics, title), metrics
 
 
 test_epoch.__test__ = False  # type: ignore[attr-defined]  # a function of the library, for all that pytest sees in its name
@@ -211,38 +188,48 @@ test_epoch.__test__ = False  # type: ignore[attr-defined]  # a function of the l
 
 @torch.no_grad()
 def extract_embeddings(
-    loader: Iterable, model: nn.Module, device: torch.device | str | None = None
+    loader: Iterable, model: Callable, device: torch.device | str | None = None, *, output: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Embeddings and labels of all samples of a loader, in its order, in evaluation mode and without gradient.
 
     Args:
-        loader: yields `(x, label)` batches, tensors (B, ...) and (B,). Processes that share the samples by torch's
-            DistributedSampler, shuffle=False, each return all, every sample once.
-        model: its `get_embedding` is called where it has one, else the model itself; its mode is restored.
+        loader: yields `(data, label)` batches, data as for `fit` and labels (B,). Processes that share the samples by
+            torch's DistributedSampler, shuffle=False, each return all, every sample once.
+        model: any callable. Of a module, behind wrappers such as DataParallel, `get_embedding` is called if it has one,
+            else the module itself; its mode is restored.
         device: where to compute; by default where the model's first parameter lies.
+        output: number of the output to take, if the model returns several.
 
     Returns:
         `(embeddings, labels)`: tensors (N, D) and (N,) on the CPU.
 
     Raises:
-        ValueError: an empty loader, or batches that are not `(tensor, labels)`.
+        ValueError: an empty loader, batches without a label for each sample, or an output that is no tensor with a row
+            for each.
+        TypeError: data that the model does not take, such as pairs.
     """
-    if device is None:
-        device = next((parameter.device for parameter in model.parameters()), None)
-    model = _unwrapped(model)
-    embed = getattr(model, "get_embedding", model)
+    bare: Any = _unwrapped(model)
+    is_module = isinstance(bare, nn.Module)
+    if device is None and is_module:
+        device = next((parameter.device for parameter in bare.parameters()), None)
+    embed = getattr(bare, "get_embedding", bare)
     sampler = _sampler_of_processes(loader)
     n_own = _n_own_samples(sampler)
     if sampler is not None and (n_own is None or sampler.shuffle):
         raise ValueError("to put embeddings of several processes in order, DistributedSampler needs shuffle=False")
     embeddings, labels = [], []
-    with _keep_modes(model):
-        model.eval()
+    with _keep_modes(bare) if is_module else contextlib.nullcontext():
+        if is_module:
+            bare.eval()
         for batch in loader:
             data, target = _data_and_target(batch)
-            if not (torch.is_tensor(data) and torch.is_tensor(target)):
-                raise ValueError("expected batches (x, label), not pairs or triplets: give the dataset as it was")
-            embeddings.append(embed(data.to(device) if device is not None else data).cpu())
+            try:
+                rows = _output_number(_call(embed, _move(data, device)), output)
+            except TypeError as error:
+                _check_inputs(embed, data, error)
+                raise
+            target = _labels(target, len(rows))
+            embeddings.append(rows.cpu())
             labels.append(target.reshape(-1).cpu() if target.numel() == len(target) else target.cpu())
     if not embeddings:
         raise ValueError("the loader is empty: it gave no batch")
@@ -253,49 +240,269 @@ def extract_embeddings(
 
 
 @torch.no_grad()
-def _evaluate(loader, loss_fn, step, device, metrics, title):
-    """One pass in evaluation mode and without gradient."""
-    with _keep_modes(step.model):
+def _evaluate(loader, step, metrics, title):
+    """One pass in evaluation mode and without gradient. Returns the average loss."""
+    with _keep_modes(step.model), _keep_state(step.loss_fn):
         step.model.eval()
-        return _run_epoch(loader, loss_fn, step, device, metrics, title)
+        return _run_epoch(loader, step, metrics, title)
 
 
-def _run_epoch(loader, loss_fn, step, device, metrics, title, log_interval=None, *, is_training=False, diagnosis=None):
-    """One pass: fetch, forward, and for training backward and step. Returns the average loss and the metrics."""
+def _run_epoch(loader, step, metrics, title, log_interval=0, *, is_training=False, watch=None, each_batch=None):
+    """One pass: fetch, forward, and for training backward and step. Returns the average loss."""
     for metric in metrics:
         metric.reset()
-
-    sampler = _sampler_of_processes(loader)
+    sampler, losses = _sampler_of_processes(loader), _Losses(title)
     n_own = _n_own_samples(sampler)
-    losses = _Losses(title)
     disable = os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or _rank() > 0 or None  # None: without a terminal
     with tqdm(loader, desc=title, leave=False, disable=disable) as bar:
         for batch_number, batch in enumerate(bar, start=1):
-            data, target = _move(_data_and_target(batch), device)
-            outputs, target = step.forward(data), _as_tuple(target)
-            loss_outputs = loss_fn(*outputs, *target)
-            loss, count = _loss_and_count(loss_outputs)
-            losses.add(loss, _weight(loss_fn, count, data))
-
-            is_logged = bool(log_interval) and batch_number % log_interval == 0
-            if is_logged or loss.device.type == "cpu":
-                losses.check()
+            data, target = _move(_data_and_target(batch), step.device)
+            target = _as_tuple(target)
+            outputs, loss_outputs = step.forward(data, target)
+            loss = _loss_of(loss_outputs)
+            losses.add(loss, _n_samples(target) or _n_samples(data) or 1)
             if is_training:
                 step.backward(loss)
-            if diagnosis is not None:
-                diagnosis.observe(outputs, loss, count)
+            if each_batch is not None:
+                each_batch()
+            if watch is not None:
+                watch.observe(outputs, target, loss_outputs)
             outputs, target, n_own = _without_padding(outputs, target, n_own)
             for metric in metrics:
                 metric(outputs, target or None, loss_outputs)
-            if is_logged:
-                _log(bar, title, batch_number, losses.average(last=log_interval))
+            if log_interval and batch_number % log_interval == 0:
+                _log(bar, title, batch_number, losses.since_last_time())
 
-    losses.check()
-    if sampler is not None:
-        for metric in metrics:
-            if hasattr(metric, "gather"):
-                metric.gather()
-    return losses.average(is_shared=sampler is not None), metrics
+    average = losses.average(is_shared=sampler is not None)
+    for metric in metrics if sampler is not None else ():
+        if hasattr(metric, "gather"):
+            metric.gather()
+    return average
+
+
+class _Step:
+    """A batch's way through model, loss and optimiser. Arguments as for `fit`."""
+
+    def __init__(self, model, loss_fn, optimizer=None, cuda=False, amp=None, compile=False):
+        if amp not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"expected amp to be torch.bfloat16, torch.float16 or None, got {amp!r}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("LBFGS computes the loss of a batch several times, fit once: take another optimiser")
+        self.model, self.loss_fn, self.optimizer, self.amp = model, loss_fn, optimizer, amp
+        self.device = _to_device(cuda, model, loss_fn)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.scaler = torch.amp.GradScaler(device.type) if amp == torch.float16 else None
+        self.compute = _compiled(self._compute, device) if compile else self._compute
+
+    def forward(self, data, target):
+        """Outputs of the model, a tuple, and what the loss returned."""
+        try:
+            return self.compute(data, target)
+        except TypeError as error:
+            _check_inputs(_unwrapped(self.model), data, error)
+            raise
+
+    def _compute(self, data, target):
+        tensor = next(_tensors(data), None)
+        is_half = self.amp is not None and tensor is not None
+        with torch.autocast(tensor.device.type, self.amp) if is_half else contextlib.nullcontext():
+            outputs = _call(self.model, data)
+        outputs = tuple(outputs) if type(outputs) in (tuple, list) else (outputs,)
+        if self.amp is not None:
+            outputs = tuple(_map(_at_least_float32, x) for x in outputs)
+        return outputs, self.loss_fn(*outputs, *target)
+
+    def backward(self, loss):
+        """Gradients, and a step of the optimiser."""
+        self.optimizer.zero_grad()
+        if self.scaler is None:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+
+def _compiled(function, device):
+    """A function compiled for a device; RuntimeError where that is impossible."""
+    try:
+        torch.compile(lambda x: x.cos() + 1)(torch.ones(2, device=device))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise RuntimeError(f"compile=True, but torch.compile does not work here: {reason}") from error
+    if device.type != "cuda":
+        return torch.compile(function)
+    compiled = torch.compile(function, mode="reduce-overhead")
+
+    def replayed(*args):
+        torch.compiler.cudagraph_mark_step_begin()
+        return _map(torch.clone, compiled(*args))  # the next step writes over what this one returns
+
+    return replayed
+
+
+def _call(function, data):
+    """A function of a batch's data: of a dict by keyword, of a tuple or list by position, of all else as it is."""
+    if isinstance(data, Mapping):
+        return function(**data)
+    return function(*data) if type(data) in (tuple, list) else function(data)  # a named tuple is one argument
+
+
+def _check_inputs(function, data, error):
+    """TypeError in words where a function does not take so many inputs."""
+    try:
+        _call(inspect.signature(getattr(function, "forward", function)).bind, data)
+    except TypeError as mismatch:
+        n = len(data) if isinstance(data, Mapping) or type(data) in (tuple, list) else 1
+        hint = "SiameseNet wants pairs, TripletNet triplets, in training and validation, other networks one input each"
+        raise TypeError(f"the model does not take the {n} input(s) of a batch ({mismatch}); {hint}") from error
+
+
+def _at_least_float32(x):
+    return x.float() if torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _loss_of(loss_outputs):
+    """The value that a loss returned; TypeError or ValueError where there is none."""
+    loss = loss_outputs[0] if isinstance(loss_outputs, (tuple, list)) and loss_outputs else loss_outputs
+    if not torch.is_tensor(loss):
+        raise TypeError(f"expected a loss that returns a tensor, or a tuple with one first, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"expected the loss to return one number, got a tensor of shape {tuple(loss.shape)}")
+    return loss
+
+
+class _Losses:
+    """The average of a pass's losses over samples. Reading makes a GPU wait, so there they are read by the hundred."""
+
+    def __init__(self, title):
+        self.title = title
+        self.unread = []
+        self.n_batches = self.n = self.last_n = 0
+        self.total = self.last_total = 0.0
+
+    def add(self, loss, n):
+        self.unread.append((loss.detach().reshape(()), n))
+        if loss.device.type == "cpu" or len(self.unread) == 100:
+            self.read()
+
+    def read(self):
+        """FloatingPointError for a loss that is not finite."""
+        losses = torch.stack([loss for loss, _ in self.unread]).tolist() if self.unread else []
+        for loss, (_, n) in zip(losses, self.unread):
+            self.n_batches += 1
+            if not math.isfinite(loss):
+                remedy = "try a lower learning rate, and look for inputs that are not finite"
+                raise FloatingPointError(f"{self.title}: the loss is {loss} in batch {self.n_batches}; {remedy}")
+            self.total += loss * n
+            self.n += n
+        self.unread = []
+
+    def since_last_time(self):
+        """The average of the losses since this was last called."""
+        self.read()
+        average = (self.total - self.last_total) / (self.n - self.last_n)
+        self.last_total, self.last_n = self.total, self.n
+        return average
+
+    def average(self, is_shared):
+        """The average of all; over all processes where they share a pass."""
+        self.read()
+        if self.n_batches == 0:
+            raise ValueError(f"{self.title}: the loader is empty, it gave no batch")
+        total, n = map(sum, zip(*_gathered((self.total, self.n)))) if is_shared else (self.total, self.n)
+        return total / n
+
+
+class _Watch:
+    """Looks at one batch of an epoch, its last large one, and at the counts of all; warns once of what these show."""
+
+    REMEDY = (
+        "try batch-all, semi-hard or random hard negatives in place of the hardest, a lower learning rate, more "
+        "dimensions, or normalised embeddings (EmbeddingNetL2)"
+    )
+    PATIENCE = 50  # steps; before, a small spread may be a beginning
+
+    def __init__(self):
+        self.is_silent = _rank() > 0
+        self.n_steps = 0
+        self._begin()
+
+    def _begin(self):
+        self.batch, self.n_active, self.has_triplet = None, None, torch.tensor(False)
+
+    @torch.no_grad()
+    def observe(self, outputs, target, loss_outputs):
+        x = outputs[0]
+        if self.is_silent or not torch.is_tensor(x) or x.dim() != 2 or min(x.shape) < 2 or not x.is_floating_point():
+            return
+        self.n_steps += 1
+        if self.batch is None or len(x) >= len(self.batch[0]):  # not a last one of few samples
+            self.batch = x.detach(), _loss_of(loss_outputs).detach().reshape(())
+        count = loss_outputs[1] if isinstance(loss_outputs, (tuple, list)) and len(loss_outputs) > 1 else None
+        if isinstance(count, int) or (torch.is_tensor(count) and count.numel() == 1 and not count.is_floating_point()):
+            self.n_active = count if self.n_active is None else self.n_active + count
+            if target and torch.is_tensor(target[0]):
+                labels = target[0].reshape(-1).sort().values
+                same = labels[1:] == labels[:-1]  # so there is a pair, and, unless all are, another class
+                self.has_triplet = self.has_triplet.to(same.device) | (same.any() & ~same.all())
+
+    def warn(self, title):
+        """Say what the epoch shows, if it shows anything."""
+        problem = self._problem() if self.batch is not None else None
+        self._begin()
+        if problem is not None:
+            self.is_silent = True
+            warnings.warn(f"{title}: {problem}", stacklevel=3)
+
+    def _problem(self):
+        x, loss = self.batch[0].float(), self.batch[1].float()
+        spread = (x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+        norm = x.square().sum(dim=1).mean().sqrt()
+        spread, norm, loss = torch.stack((spread, norm, loss)).tolist()
+        none_active = self.n_active is not None and int(self.n_active) == 0
+        if none_active and not bool(self.has_triplet):
+            return "no batch had two samples of one class and one of another, so no triplet; use BalancedBatchSampler"
+        if spread <= 1e-3 * norm:
+            state = f"their spread is {spread:.1g} at a norm of {norm:.1g}"
+            return f"the embeddings have shrunk to a point, {state}; {self.REMEDY}"
+        if none_active:
+            return "no triplet was active, so nothing was learned; try harder ones, a larger margin, or stop here"
+        if self.n_active is not None and spread <= 0.1 * loss and self.n_steps >= self.PATIENCE:
+            state = f"their spread is {spread:.1g} beside a loss of {loss:.3g}, which they hardly change"
+            return f"the embeddings have shrunk, {state}; if it stays so, {self.REMEDY}"
+        return None
+
+
+def _frozen_parts(model):
+    """The modules of frozen parts, with their modes; puts all others into training mode, and warns if some were not."""
+    frozen, woken = [], {}
+
+    def visit(module, name, is_trained):
+        parameters = list(module.parameters())
+        wants_gradient = any(parameter.requires_grad for parameter in parameters)
+        if not module.training and not wants_gradient and (is_trained or parameters):
+            frozen.extend((part, part.training) for part in module.modules())
+            return
+        if is_trained and not module.training:
+            woken[name] = module
+        for child_name, child in module.named_children():
+            visit(child, f"{name}.{child_name}".lstrip("."), module.training)
+
+    visit(model, "", False)
+    _to_training(model, frozen)
+    names = [name for name, module in woken.items() if module.training]
+    if names:
+        remedy = "to freeze it, give its parameters requires_grad=False"
+        warnings.warn(f"{', '.join(names)} was in evaluation mode and is trained all the same; {remedy}", stacklevel=3)
+    return frozen
+
+
+def _to_training(model, frozen):
+    model.train()
+    for module, mode in frozen:
+        module.training = mode
 
 
 @contextlib.contextmanager
@@ -309,193 +516,41 @@ def _keep_modes(model):
             module.training = mode
 
 
-class _Step:
-    """A batch's way through the network and back: in which precision, whole or in chunks. Arguments as for `fit`."""
-
-    def __init__(self, model, optimizer=None, amp=None, max_chunk=None):
-        if amp not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"expected amp to be torch.bfloat16, torch.float16 or None, got {amp!r}")
-        if max_chunk is not None and max_chunk < 1:
-            raise ValueError(f"expected max_chunk of at least 1, got {max_chunk}")
-        self.model = model
-        self.optimizer = optimizer
-        self.amp = amp
-        self.max_chunk = max_chunk
-        parameter = next(model.parameters(), torch.empty(0))
-        self.scaler = torch.amp.GradScaler(parameter.device.type) if amp == torch.float16 else None
-        self.random = None if max_chunk is None else _RandomStates([model])
-        self.chunks = []  # of the last batch, with the random states before each
-
-    def forward(self, data):
-        """The model's outputs for a batch, a tuple; of chunks without their graphs, which `backward` makes anew."""
-        self.chunks = []
-        n = _n_samples(data)
-        if self.max_chunk is None or n <= self.max_chunk:
-            return self._outputs(data)
-        is_training = torch.is_grad_enabled()
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        outputs = []
-        with torch.no_grad():
-            for start in range(0, n, self.max_chunk):
-                chunk = _slice(data, slice(start, start + self.max_chunk), n)
-                if is_training:
-                    self.chunks.append((chunk, self.random.get()))
-                outputs.append(self._outputs(chunk))
-            for buffer, old in zip(self.model.buffers(), buffers):
-                buffer.copy_(old)  # running averages are for the second pass to change
-        self.embeddings = tuple(torch.cat(x).requires_grad_(is_training) for x in zip(*outputs))
-        return self.embeddings
-
-    def backward(self, loss):
-        """Gradients, and a step of the optimiser."""
-        self.optimizer.zero_grad()
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        if self.chunks:
-            self._backward_of_chunks()
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-
-    def _backward_of_chunks(self):
-        """Carry the gradient by the embeddings back through the network, with the draws as they were."""
-        behind = self.random.get()
-        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.embeddings]
-        gradients = zip(*(gradient.split(self.max_chunk) for gradient in gradients))
-        for number, ((chunk, states), gradient) in enumerate(zip(self.chunks, gradients), start=1):
-            self.random.set(states)
-            waits = isinstance(self.model, DistributedDataParallel) and number < len(self.chunks)
-            with self.model.no_sync() if waits else contextlib.nullcontext():  # processes meet at the last one
-                torch.autograd.backward(self._outputs(chunk), gradient)
-        self.random.set(behind)
-
-    def _outputs(self, data):
-        tensor = next(_tensors(data), None)
-        precision = contextlib.nullcontext()
-        if self.amp is not None and tensor is not None:
-            precision = torch.autocast(tensor.device.type, self.amp)
-        with precision:
-            if isinstance(data, Mapping):
-                outputs = self.model(**data)
-            else:
-                is_many = type(data) in (tuple, list)  # a named tuple is one argument
-                outputs = self.model(*data) if is_many else self.model(data)
-        outputs = tuple(outputs) if type(outputs) in (tuple, list) else (outputs,)
-        return outputs if self.amp is None else tuple(x.float() if torch.is_tensor(x) else x for x in outputs)
+@contextlib.contextmanager
+def _keep_state(loss_fn):
+    """A loss in evaluation mode; behind, its modes, buffers and attributes are as they were."""
+    if not isinstance(loss_fn, nn.Module):
+        yield
+        return
+    state = [(vars(module), dict(vars(module))) for module in loss_fn.modules()]
+    values = [x for module in loss_fn.modules() for x in (*vars(module).values(), *module._buffers.values())]
+    contents = [(x, x.clone() if torch.is_tensor(x) else x.copy()) for x in values if isinstance(x, _CHANGEABLE)]
+    loss_fn.eval()
+    try:
+        yield
+    finally:
+        for attributes, before in state:
+            attributes.clear()
+            attributes.update(before)
+        for x, before in contents:
+            _set_content(x, before)
 
 
-class _Diagnosis:
-    """Looks at the embeddings of each training batch, and warns once of what will not get better by itself."""
-
-    REMEDY = (
-        "try batch-all, semi-hard or random hard negatives in place of the hardest, a lower learning rate, more "
-        "dimensions, or normalised embeddings (EmbeddingNetL2)"
-    )
-
-    PATIENCE = 50  # steps; before, a small spread may be a beginning
-
-    def __init__(self, loss_fn):
-        loss_fn = getattr(loss_fn, "loss_fn", loss_fn)  # in a GlobalBatchLoss
-        self.n_steps = 0
-        self.margin = getattr(loss_fn, "margin", None)
-        self.is_soft = getattr(loss_fn, "soft_margin", False)
-        self.is_silent = self.margin is None or _rank() > 0  # outputs for other losses may be what they are
-        self._reset()
-
-    def _reset(self):
-        self.losses, self.spreads, self.norms, self.counts = [], [], [], []  # tensors, read at the end of an epoch
-
-    @torch.no_grad()
-    def observe(self, outputs, loss, count):
-        x = outputs[0].detach() if torch.is_tensor(outputs[0]) else None
-        if self.is_silent or x is None or x.dim() != 2 or len(x) < 2 or not x.is_floating_point():
-            return
-        x = x.float()
-        self.n_steps += 1
-        self.losses.append(loss.detach().reshape(()))
-        self.spreads.append((x - x.mean(dim=0)).square().sum(dim=1).mean().sqrt())
-        self.norms.append(x.square().sum(dim=1).mean().sqrt())
-        if count is not None:
-            self.counts.append(count)
-
-    def warn(self, title):
-        """Say what the epoch shows, where it shows anything."""
-        problem = self._problem() if self.losses else None
-        self._reset()
-        if problem is not None and not self.is_silent:
-            self.is_silent = True
-            warnings.warn(f"{title}: {problem}", stacklevel=3)
-
-    def _problem(self):
-        n = max(1, len(self.losses) // 10)  # as it is at the end of the epoch
-        loss, spread, norm = (float(torch.stack(x[-n:]).mean()) for x in (self.losses, self.spreads, self.norms))
-        if spread <= 1e-3 * norm:
-            state = f"their spread is {spread:.1g} at a norm of {norm:.1g}"
-            return f"the embeddings have collapsed to a point, {state}; {self.REMEDY}"
-        if not self.counts:
-            return None
-        name, value = ("ln 2", math.log(2)) if self.is_soft and self.margin == 0 else ("the margin", self.margin)
-        is_at_standstill = abs(loss - value) <= 0.02 * value and spread <= 0.1 * value
-        if value > 0 and is_at_standstill and self.n_steps >= self.PATIENCE:
-            state = f"the loss stands at {name}, {value:.3g}, and their spread is {spread:.1g}"
-            return f"the embeddings are about to collapse, {state}; {self.REMEDY}"
-        if self.margin == 0 and not self.is_soft:
-            return "a margin of 0 is met by embeddings that are all the same; try a margin of 0.2 to 1"
-        if int(torch.stack(self.counts).sum()) == 0:
-            return "no triplet was active, so nothing was learned; try harder ones, a larger margin, or stop here"
-        return None
-
-
-class _Losses:
-    """The losses of a pass and what each counts for, kept as tensors: reading one would make a GPU wait."""
-
-    def __init__(self, title):
-        self.title = title
-        self.losses, self.weights, self.n_checked = [], [], 0
-
-    def add(self, loss, weight):
-        self.losses.append(loss.detach().reshape(()))
-        self.weights.append(weight)
-
-    def check(self):
-        """FloatingPointError for one that is not finite, of those added since the last check; ValueError for none."""
-        if not self.losses:
-            raise ValueError(f"{self.title}: the loader is empty, it gave no batch")
-        unchecked = self.losses[self.n_checked :]
-        for loss in torch.stack(unchecked).tolist() if unchecked else []:
-            self.n_checked += 1
-            if not math.isfinite(loss):
-                remedy = "try a lower learning rate, and look for inputs that are not finite"
-                raise FloatingPointError(f"{self.title}: the loss is {loss} in batch {self.n_checked}; {remedy}")
-
-    def average(self, last=0, is_shared=False):
-        """The weighted mean of the last ones, 0 for all; over all processes where they share a pass."""
-        losses, weights = (torch.stack(x[-last:]).cpu().double() for x in (self.losses, self.weights))
-        own = float((losses * weights).sum()), float(weights.sum())
-        total, weight = map(sum, zip(*_gathered(own))) if is_shared else own
-        return total / max(weight, 1)
+def _set_content(x, content):
+    """Give a tensor, an array or a container the content of another."""
+    if torch.is_tensor(x):
+        x.data = content if x.shape != content.shape else x.data.copy_(content)
+    elif isinstance(x, (list, np.ndarray)):
+        x[:] = content
+    else:
+        x.clear()
+        (x.extend if isinstance(x, deque) else x.update)(content)
 
 
 def _as_tuple(target):
     """The target in a tuple, which is empty for an empty one."""
     is_empty = target is None or (isinstance(target, (tuple, list)) and len(target) == 0)
     return () if is_empty else (target,)
-
-
-def _loss_and_count(loss_outputs):
-    """The value that a loss returned, and the integer that came second as a 0-dim tensor, None where none did."""
-    if not isinstance(loss_outputs, (tuple, list)):
-        return loss_outputs, None
-    loss, count = loss_outputs[0], loss_outputs[1] if len(loss_outputs) > 1 else None
-    if torch.is_tensor(count) and count.numel() == 1 and not count.is_floating_point():
-        return loss, count.detach().reshape(())
-    return loss, torch.tensor(count) if isinstance(count, int) else None
-
-
-def _slice(data, rows, n):
-    """Some samples of a batch's data, of its tensors that have n."""
-    return _map(lambda x: x[rows] if torch.is_tensor(x) and x.dim() and len(x) == n else x, data)
 
 
 def _tensors(data):
@@ -514,19 +569,31 @@ def _data_and_target(batch):
     return batch
 
 
-def _weight(loss_fn, count, data):
-    """What a batch counts for in averages: what its loss is the mean of, triplets where it says so, else samples."""
-    n_selected = getattr(loss_fn, "n_selected", None)
-    if isinstance(n_selected, int):
-        return torch.tensor(n_selected)
-    if count is not None and getattr(loss_fn, "average", "active") == "active":
-        return count.clamp(min=0)
-    return torch.tensor(_n_samples(data) or 1)
-
-
 def _n_samples(data):
-    """Length of the first tensor in a batch's data that has one, 0 where none has."""
+    """Length of the first tensor in data or target that has one, 0 where none has."""
     return next((len(x) for x in _tensors(data) if x.dim() and len(x)), 0)
+
+
+def _output_number(outputs, number):
+    """One of the outputs of a model; ValueError where it is no tensor with rows."""
+    outputs = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+    if not -len(outputs) <= number < len(outputs):
+        raise ValueError(f"output={number}, but the model returns {len(outputs)} output(s)")
+    rows = outputs[number]
+    if not torch.is_tensor(rows) or rows.dim() == 0:
+        raise ValueError(f"expected output {number} of the model to be a tensor (B, ...), got a {type(rows).__name__}")
+    return rows
+
+
+def _labels(target, n):
+    """The labels of a batch as a tensor (n, ...); ValueError where there is not one for each sample."""
+    if isinstance(target, (list, np.ndarray)) and np.asarray(target).dtype.kind in "biuf":
+        target = torch.as_tensor(np.asarray(target))
+    if not torch.is_tensor(target) or target.dim() == 0 or len(target) != n:
+        given = f"a tensor {tuple(target.shape)}" if torch.is_tensor(target) else f"a {type(target).__name__}"
+        remedy = "of pairs or triplets give the dataset as it was"
+        raise ValueError(f"expected batches (data, labels), a number for each of {n} embeddings, got {given}; {remedy}")
+    return target
 
 
 def _sampler_of_processes(loader):
@@ -538,6 +605,13 @@ def _samplers_of(loader):
     """A loader's samplers, and those behind its batch samplers."""
     samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
     return samplers + [getattr(sampler, "sampler", None) for sampler in samplers]
+
+
+def _set_epoch(loader, epoch):
+    """Tell a loader's samplers the epoch, if they ask for it, as DistributedSampler does."""
+    for sampler in _samplers_of(loader):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
 
 
 def _n_own_samples(sampler):
@@ -571,18 +645,6 @@ def _gathered(value):
     return values
 
 
-def _of_first(function):
-    """What a function returns in the first process, in all of them; an OSError that it raises, likewise."""
-    try:
-        result = function() if _rank() == 0 else None
-    except OSError as error:
-        result = error
-    result = _gathered(result)[0]
-    if isinstance(result, OSError):
-        raise result
-    return result
-
-
 def _in_turn(parts):
     """The rows of all processes (N, ...), of which row i was dealt to process i % W."""
     place = torch.cat([torch.arange(len(part)) * len(parts) + rank for rank, part in enumerate(parts)])
@@ -597,43 +659,15 @@ def _log(bar, title, batch_number, loss):
         print(f"{title}: batch {batch_number}{share}, loss {loss:.6f}", flush=True)
 
 
-def _values(part, metrics):
-    """Entries of the history for one pass: `PART_NAME`, or `PART_KEY` for the values of a dict; None leaves out."""
-    entries = {}
+def _add_values(row, part, metrics):
+    """Put the metrics of a pass into the row: `PART_NAME`, or for a dict `PART_KEY` for each; None adds nothing."""
     for metric in metrics:
         value = metric.value()
-        named = value if isinstance(value, dict) else {metric.name(): value}
-        entries.update({f"{part}_{name}": number for name, number in named.items() if number is not None})
-    return entries
-
-
-@contextlib.contextmanager
-def _tensorboard(log_dir):
-    """A writer for TensorBoard, imported only now."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(log_dir) as writer:
-        yield writer
-
-
-def _write_log(writer, row, metrics):
-    """The numbers of an epoch, and the embeddings that metrics have collected."""
-    for name, value in row.items():
-        if isinstance(value, (int, float)) and name != "epoch":
-            writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"])
-    for metric in metrics:
-        if len(getattr(metric, "embeddings", ())) > 0:
-            writer.add_embedding(
-                torch.cat(metric.embeddings), torch.cat(metric.labels).tolist(), global_step=row["epoch"]
-            )
-    writer.flush()
-
-
-def _set_epoch(loader, epoch):
-    """Tell a loader's samplers the epoch, where they ask for it, as DistributedSampler does."""
-    for sampler in _samplers_of(loader):
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        for name, number in (value if isinstance(value, dict) else {metric.name(): value}).items():
+            if f"{part}_{name}" in row:
+                raise ValueError(f"the history has a {part}_{name} already: give {metric.name()!r} another name for it")
+            if number is not None:
+                row[f"{part}_{name}"] = number
 
 
 def _summary(title, row):
@@ -644,6 +678,13 @@ def _summary(title, row):
         values = [row[key] for key in (f"train_{name}", f"val_{name}") if row.get(key) is not None]
         parts.append(f"{name} " + " / ".join(f"{v:.4g}" if isinstance(v, (int, float)) else str(v) for v in values))
     return f"{title}, train / validation: {', '.join(parts)} ({row['seconds']:.1f} s)"
+
+
+def _is_end(on_epoch, row):
+    """Whether the first process's `on_epoch` ends the training, in all processes; a number that is not 0 does not."""
+    answer = on_epoch(row) if on_epoch is not None and _rank() == 0 else False
+    is_end = isinstance(answer, (bool, np.bool_)) and bool(answer)
+    return is_end if on_epoch is None else _gathered(is_end)[0]
 
 
 def _move(value, device):
@@ -672,28 +713,69 @@ def _map(function, value):
     return type(value)(*parts) if hasattr(value, "_fields") else parts
 
 
-def _to_device(model, cuda):
-    """The device that `cuda` stands for, with the model moved there; None for leaving all where it is."""
+def _to_device(cuda, *parts):
+    """The device that `cuda` stands for, with model and loss moved there; None for leaving all where it is."""
     if not cuda:
         return None
     is_true = cuda == 1  # True, and what passes for it
     if is_true and not torch.cuda.is_available():
         raise ValueError("cuda=True, but torch sees no GPU: give cuda=False or a device")
     device = torch.device("cuda" if is_true else cuda)
-    model.to(device)
+    for part in parts:
+        if isinstance(part, nn.Module):
+            part.to(device)
     return device
 
 
 def _unwrapped(model):
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model behind torch's wrappers, however deep."""
+    while hasattr(model, "_orig_mod") or isinstance(model, _WRAPPERS):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
 
 
-def _bring_forward(scheduler, start_epoch):
-    """Steps that the scheduler missed before `start_epoch`; one that the caller restored has made them."""
+def _resume(checkpoint, parts, start_epoch, n_epochs):
+    """The history of a checkpoint, its parts restored; ValueError where its last epoch is not what was asked for."""
+    if not (hasattr(checkpoint, "resume") and hasattr(checkpoint, "save")):
+        given = type(checkpoint).__name__
+        raise TypeError(f"expected a checkpoint with resume and save, such as Checkpoint(path), got {given}")
+    history = checkpoint.resume(parts)
+    epoch = history[-1]["epoch"] if history else start_epoch
+    if history and (start_epoch not in (0, epoch) or epoch > n_epochs):
+        given = f"start_epoch={start_epoch} and n_epochs={n_epochs}"
+        raise ValueError(f"cannot resume: the checkpoint ends with epoch {epoch}, for {given}")
+    if history and _rank() == 0:
+        tqdm.write(f"Resumed after epoch {epoch}")
+    return history
+
+
+def _steps_of_scheduler(scheduler, scheduler_step, loader, n_epochs):
+    """Steps of the scheduler an epoch; ValueError where it ends before the training, a warning where it is too long."""
+    if scheduler_step not in ("epoch", "batch"):
+        raise ValueError(f'expected scheduler_step "epoch" or "batch", got {scheduler_step!r}')
+    if scheduler_step == "batch" and isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError('ReduceLROnPlateau goes by the loss of an epoch: scheduler_step="epoch"')
+    try:
+        n_batches = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        n_batches = 0  # not known
+    n_steps = 1 if scheduler_step == "epoch" else n_batches
+    name, total = type(scheduler).__name__, getattr(scheduler, "total_steps", None)
+    if total is not None and total < n_steps * n_epochs:
+        raise ValueError(f"{name} ends after {total} steps; {n_epochs} epochs make {n_steps * n_epochs}")
+    lengths = [getattr(scheduler, key, None) for key in ("total_steps", "T_max", "total_iters")]
+    if scheduler_step == "epoch" and n_batches > 1 and n_epochs * n_batches in lengths:
+        message = f"{name} is set for {n_epochs * n_batches} steps, one for each batch, but makes one for each epoch"
+        warnings.warn(f'{message}; scheduler_step="batch" makes one for each batch', stacklevel=3)
+    return n_steps
+
+
+def _bring_forward(scheduler, n_steps):
+    """Steps that the scheduler has missed; one that the caller restored has made them."""
     if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
         return
     last = getattr(scheduler, "_schedulers", [scheduler])[-1]  # ChainedScheduler does not count itself
-    n_missed = start_epoch - getattr(scheduler, "last_epoch", getattr(last, "last_epoch", start_epoch))
+    n_missed = n_steps - getattr(scheduler, "last_epoch", getattr(last, "last_epoch", n_steps))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*before `optimizer.step.*")  # those steps are not in this process
         for _ in range(n_missed):
@@ -702,221 +784,3 @@ def _bring_forward(scheduler, start_epoch):
         # Steps go from rate to rate, and those of an optimiser that the caller restored had decayed already.
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler._get_closed_form_lr()):
             group["lr"] = rate
-
-
-class _Checkpoint:
-    """The file of a run: `resume` from it, `keep` each epoch; as a context it keeps what an error interrupts.
-
-    Of several processes the first reads and writes, for all.
-
-    Args:
-        path, monitor, mode: as for `fit`.
-        parts: dict of what has a state: model, optimiser, scheduler, loss; None for those that there are not.
-        holders: what may hold random generators.
-        history: the list that `fit` fills.
-    """
-
-    FORMAT = "siamese-triplet run, 1"
-
-    def __init__(self, path, monitor, mode, parts, holders, history):
-        if mode not in ("min", "max"):
-            raise ValueError(f'expected mode "min" or "max", got {mode!r}')
-        self.path = Path(path)
-        self.monitor = monitor
-        self.sign = 1 if mode == "min" else -1
-        self.parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-        self.random = _RandomStates(holders)
-        self.history = history
-        self.epoch = 0
-
-    def resume(self, start_epoch, n_epochs):
-        """Bring all parts to the state in the file; the epochs trained, `start_epoch` where there is no file."""
-        self.epoch = start_epoch
-        own = self._state(_gathered(self.random.get()))
-        if not _gathered(self.path.exists())[0]:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                _read(_as_bytes(own))  # what cannot be read back should be known before training
-            except ValueError as error:
-                raise ValueError(f"the state of this run cannot be kept in a file: {error}") from error
-            return start_epoch
-        try:
-            state = _read(_of_first(self.path.read_bytes))
-            _check_state(state, own, start_epoch, n_epochs)
-        except (ValueError, OSError) as error:
-            remedy = "It is left as it is: name another file, or move it away"
-            raise ValueError(f"cannot resume from {self.path}: {error}. {remedy}") from error
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.random.set(state["random"][_rank()])
-        self.history.extend(state["history"])
-        self.epoch = state["epoch"]
-        if _rank() == 0:
-            tqdm.write(f"Resumed after epoch {self.epoch}, from {self.path}")
-        return self.epoch
-
-    def keep(self, epoch):
-        """Write the state after an epoch."""
-        self.epoch = epoch
-        random_states = _gathered(self.random.get())
-        content = _as_bytes(self._state(random_states)) if _rank() == 0 else None
-        try:
-            if self._is_best() and content is not None:  # first, since a run that dies between repeats the epoch
-                _replace(self._sibling("best"), content)
-        finally:
-            if content is not None:
-                _replace(self.path, content)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if error is not None and _rank() == 0:
-            try:
-                _replace(self._sibling("interrupted"), _as_bytes(self._state([self.random.get()])))
-            except Exception as second:  # the first error is the one to be seen
-                warnings.warn(f"what the interrupted epoch trained could not be kept: {second}", stacklevel=2)
-
-    def _state(self, random_states):
-        return {name: part.state_dict() for name, part in self.parts.items()} | {
-            "format": self.FORMAT,
-            "epoch": self.epoch,
-            "history": [{key: _plain(value) for key, value in row.items()} for row in self.history],
-            "optimizer_name": type(self.parts["optimizer"]).__name__,
-            "scheduler_name": type(self.parts.get("scheduler")).__name__,
-            "random": random_states,
-        }
-
-    def _is_best(self):
-        if self.monitor is None:
-            return False
-        values = [_plain(row.get(self.monitor)) for row in self.history]
-        if not isinstance(values[-1], (int, float)):
-            entries = ", ".join(self.history[-1])
-            raise ValueError(f"monitor={self.monitor!r} is no number of the history, whose entries are {entries}")
-        earlier = [value for value in values[:-1] if isinstance(value, (int, float))]
-        return all(self.sign * values[-1] < self.sign * value for value in earlier)
-
-    def _sibling(self, name):
-        return self.path.with_name(f"{self.path.name}.{name}")
-
-
-def _check_state(state, own, start_epoch, n_epochs):
-    """ValueError for a state that is not of the run whose own is given."""
-    if not isinstance(state, dict) or state.get("format") != own["format"] or state.keys() != own.keys():
-        raise ValueError("it is no checkpoint of fit with the same parts")
-    there, here = ({key: _kind(x) for key, x in s["model"].items()} for s in (state, own))
-    for key in [*here, *there]:
-        if there.get(key) != here.get(key):
-            raise ValueError(f"its model has {key} of {there.get(key)}, this one of {here.get(key)}")
-    traits = {
-        "optimiser": lambda s: s["optimizer_name"],
-        "parameters in the optimiser's groups": lambda s: [len(g["params"]) for g in s["optimizer"]["param_groups"]],
-        "scheduler": lambda s: s["scheduler_name"],
-        "processes": lambda s: len(s["random"]),
-        "random generators": lambda s: [len(generators) for generators, _ in s["random"]],
-    }
-    for name, trait in traits.items():
-        if trait(state) != trait(own):
-            raise ValueError(f"its {name}: {trait(state)}, here: {trait(own)}")
-    if start_epoch not in (0, state["epoch"]) or state["epoch"] > n_epochs:
-        given = f"start_epoch={start_epoch} and n_epochs={n_epochs}"
-        raise ValueError(f"it ends with epoch {state['epoch']}, for {given}")
-
-
-def _as_bytes(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _replace(path, content):
-    """Write a file at once: it is the old one or the new one, whenever the process may die."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _read(content):
-    """What `torch.save` wrote, of tensors and plain values alone: nothing in it is executed."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            damaged = archive.testzip()  # torch.load does not compare checksums
-        if damaged is not None:
-            raise ValueError(f"it is damaged, in {damaged}")
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"it holds more than tensors and plain values ({str(error).splitlines()[0]})") from error
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is damaged, or none that torch.save wrote ({type(error).__name__})") from error
-
-
-def _plain(value):
-    """Numbers of numpy and torch as Python's; text for what a file of weights may not hold."""
-    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _kind(x):
-    return f"{tuple(x.shape)} {x.dtype}" if torch.is_tensor(x) else type(x).__name__
-
-
-class _RandomStates:
-    """States of torch's, numpy's and Python's random generators, of those that objects hold, and of the GPUs'."""
-
-    def __init__(self, holders):
-        self.generators = [torch.default_generator, np.random, random, *_generators(holders)]
-
-    def get(self):
-        cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return [_random_state(generator) for generator in self.generators], cuda_states
-
-    def set(self, states):
-        for generator, state in zip(self.generators, states[0]):
-            _set_random_state(generator, state)
-        if states[1] and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state_all(states[1])
-
-
-def _generators(holders):
-    """Random generators that objects hold, and those that these hold in turn, in the order of their attributes."""
-    found, seen, queue = [], set(), list(holders)
-    while queue:
-        x = queue.pop(0)
-        if id(x) in seen or isinstance(x, (type, types.ModuleType, types.FunctionType, torch.Tensor, np.ndarray)):
-            continue
-        seen.add(id(x))
-        if isinstance(x, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
-            found.append(x)
-        elif isinstance(x, (list, tuple, Mapping)):
-            queue.extend([] if len(x) > 100 else x.values() if isinstance(x, Mapping) else x)  # longer ones are data
-        elif hasattr(x, "__dict__"):
-            queue.extend(value for name, value in vars(x).items() if name != "_iterator")  # of persistent workers
-    return found
-
-
-def _random_state(generator):
-    """The state of a generator, or of numpy's or Python's module of random numbers, as tensor or plain values."""
-    if isinstance(generator, np.random.Generator):
-        return _without_arrays(generator.bit_generator.state)
-    return _without_arrays(generator.getstate() if hasattr(generator, "getstate") else generator.get_state())
-
-
-def _set_random_state(generator, state):
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif hasattr(generator, "setstate"):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
-
-
-def _without_arrays(state):
-    if isinstance(state, dict):
-        return {key: _without_arrays(value) for key, value in state.items()}
-    if isinstance(state, tuple):
-        return tuple(map(_without_arrays, state))
-    return state.tolist() if isinstance(state, (np.ndarray, np.generic)) else state

@@ -1,4 +1,4 @@
-"""Memory and time of a training step of 4,096 images, whole and in chunks: `fit(..., max_chunk=...)`.
+"""Memory and time of a training step of 4,096 images, whole and in chunks: `Chunked(net, size)`.
 
     python benchmarks/chunks.py            # print the table, write results/chunks.json
     python benchmarks/chunks.py --print    # print the table of the last run
@@ -14,20 +14,20 @@ from common import read, time_in_turn, try_alone, write
 from tables import markdown
 
 from losses import BatchAllTripletLoss
-from networks import EmbeddingNet
+from networks import Chunked, EmbeddingNet
 from trainer import train_epoch
 
 N_IMAGES, N_CLASSES = 4096, 64
 CHUNKS = {"whole": None, "1,024": 1024, "256": 256, "64": 64}
 
 
-def step(max_chunk):
-    """A training step of a network made for it."""
+def step(size):
+    """A training step of a network made for it, `size` images at a time; None for all."""
     torch.manual_seed(0)
     batch = torch.rand(N_IMAGES, 1, 28, 28), torch.arange(N_IMAGES) % N_CLASSES
-    model = EmbeddingNet(64)
+    model = EmbeddingNet(64) if size is None else Chunked(EmbeddingNet(64), size)
     optimizer = torch.optim.Adam(model.parameters())
-    train_epoch([batch], model, BatchAllTripletLoss(1.0), optimizer, False, 0, [], max_chunk=max_chunk)
+    train_epoch([batch], model, BatchAllTripletLoss(1.0), optimizer, False, 0, [])
 
 
 def measure():

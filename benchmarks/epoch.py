@@ -20,7 +20,8 @@ from tables import markdown
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from datasets import BalancedBatchSampler, InMemoryDataset, SiameseMNIST, TripletMNIST, load_mnist
+from datasets import BalancedBatchSampler, InMemoryDataset, SiameseMNIST, TripletMNIST
+from demo_data import load_mnist
 from losses import BatchAllTripletLoss, ContrastiveLoss, OnlineContrastiveLoss, OnlineTripletLoss, TripletLoss
 from networks import ClassificationNet, EmbeddingNet, SiameseNet, TripletNet
 from trainer import train_epoch

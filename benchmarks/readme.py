@@ -1,4 +1,4 @@
-"""Writes the tables of the last benchmark into README.md, between their markers.
+"""Write the tables of the last benchmarks into README.md and docs/benchmarks.md, between their markers.
 
 python benchmarks/readme.py
 """
@@ -14,7 +14,8 @@ import selection
 from common import read
 from tables import insert
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
 COMMANDS = {"precision": "make precision"}  # which trains, for half an hour
 
 
@@ -23,12 +24,19 @@ def with_tables(text):
     for benchmark in (selection, scaling, epoch, chunks, precision, retrieval):
         name = benchmark.__name__
         results = read(name)
-        machine = results["machine"]
-        where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
-        source = f"`{COMMANDS.get(name, 'make benchmark')}`, {machine['date']}: {where}, torch {machine['torch']}."
+        source = source_of(name, results["machine"])
         text = insert(text, name, benchmark.table(results), source)
+        if name == "selection":
+            text = insert(text, "selection short", benchmark.short_table(results), source)
     return text
 
 
+def source_of(name, machine):
+    """The line under a table: its command, date and machine."""
+    where = machine["gpu"] or f"{machine['processor']}, {machine['cores']} cores"
+    return f"`{COMMANDS.get(name, 'make benchmark')}`, {machine['date']}: {where}, torch {machine['torch']}."
+
+
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text()))

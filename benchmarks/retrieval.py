@@ -13,7 +13,7 @@ import torch
 from common import read, time_in_turn, try_alone, write
 from tables import markdown
 
-from metrics import evaluate_embeddings
+from evaluation import evaluate_embeddings
 
 N_QUERIES, N_REFERENCES, D = 10_000, 60_000, 64
 FIGURES = {"recall@1": "precision_at_1", "r_precision": "r_precision", "map@r": "mean_average_precision_at_r"}

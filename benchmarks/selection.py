@@ -37,6 +37,9 @@ from utils import (
 
 SHAPES = [(10, 25, 2), (10, 16, 64), (32, 8, 128), (64, 16, 128), (128, 16, 128), (256, 16, 128), (512, 16, 128)]
 MARGIN = 0.2
+# README's rows: strategy -> the naive contender beside ours.
+SHORT_SHAPE = "128x16x128"
+SHORT = {"batch-all": "triplets", "semi-hard": "loop", "batch-hard": "loop", "all pairs": "loop"}
 
 
 class LoopPairs(PairSelector):
@@ -198,6 +201,17 @@ def table(results):
             rows.append(["", "**best peer / ours**", *(ratio(entries) for entries in columns)])
     shapes = next(iter(results["strategies"].values()))
     return markdown(["strategy", "by", *shapes], rows)
+
+
+def short_table(results):
+    """Four strategies on one large batch, for README: ours, the naive way, and PML."""
+    rows = []
+    for strategy, naive in SHORT.items():
+        entries = results["strategies"][strategy][SHORT_SHAPE]
+        peer = next(name for name in entries if name.startswith("PML"))
+        mark = peer.removeprefix("PML").replace("*", " \\*")
+        rows.append([strategy, cell(entries["ours"]), cell(entries[naive]), cell(entries[peer]) + mark])
+    return markdown(["milliseconds (MiB)", "ours", "naive", "pytorch-metric-learning"], rows)
 
 
 def name_of(shape):

@@ -1,12 +1,14 @@
-"""Train an embedding on MNIST or on images of your own, in one process or in many.
+"""Train an embedding on MNIST or on your own images, in one process or many.
 
     torchrun --nproc-per-node=2 examples/train_distributed.py  # MNIST, a minute on a CPU
     torchrun --nproc-per-node=8 examples/train_distributed.py --images photos --backbone resnet18 --epochs 30
 
-`photos/train` and `photos/val` hold a folder of images for each class. Started again, it goes on where it ended.
+`photos/train` and `photos/val` hold a folder of images for each class. The same command, started again, resumes where
+it stopped; other settings, such as --epochs or --lr, are a new run: give it another --checkpoint.
 """
 
 import argparse
+import copy
 import os
 import sys
 from pathlib import Path
@@ -20,7 +22,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the modules lie beside this folder
 
-from datasets import BalancedBatchSampler, load_mnist
+from checkpoints import Checkpoint
+from datasets import BalancedBatchSampler
+from demo_data import load_mnist
+from evaluation import evaluate_embeddings
 from losses import BatchAllTripletLoss, GlobalBatchLoss
 from metrics import EmbeddingMetric
 from networks import EmbeddingNet
@@ -31,7 +36,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder with train and val; MNIST where there is none")
     parser.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"), help="where MNIST lies")
-    parser.add_argument("--backbone", default="resnet18", help="a model of torchvision")
+    parser.add_argument(
+        "--backbone", default="resnet18", help="a classifier of torchvision that ends in a Linear layer"
+    )
     parser.add_argument("--weights", default="DEFAULT", help="of the backbone; none for random ones")
     parser.add_argument("--embedding-dim", type=int, default=64)
     parser.add_argument("--classes", type=int, default=10, help="classes in the batch of a process")
@@ -55,13 +62,21 @@ def images_of(folder, is_training):
 
 
 def backbone(name, weights, embedding_dim):
-    """A network of torchvision whose last dense layer is exchanged for one of `embedding_dim` outputs."""
+    """A classifier of torchvision, its last layer replaced by one of `embedding_dim` outputs."""
     from torchvision.models import get_model
 
     model = get_model(name, weights=None if weights == "none" else weights)
-    last = [key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
-    parent = model.get_submodule(last.rpartition(".")[0])
-    setattr(parent, last.rpartition(".")[2], nn.Linear(model.get_submodule(last).in_features, embedding_dim))
+    layers = [key for key, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    if layers:
+        parent, _, last = layers[-1].rpartition(".")
+        width = model.get_submodule(layers[-1]).in_features
+        setattr(model.get_submodule(parent), last, nn.Linear(width, embedding_dim))
+    try:  # on the meta device, which computes shapes alone
+        shape = copy.deepcopy(model).to("meta")(torch.empty(2, 3, 224, 224, device="meta")).shape
+    except Exception as error:
+        raise SystemExit(f"--backbone {name} does not turn a batch of images into one tensor: {error}") from error
+    if shape != (2, embedding_dim):
+        raise SystemExit(f"--backbone {name} does not end in a Linear layer: its output is {tuple(shape)}")
     return model
 
 
@@ -95,9 +110,21 @@ def main():
     loss_fn = GlobalBatchLoss(BatchAllTripletLoss(margin=0.5, squared=False))
     optimizer = AdamW(model.parameters(), lr=args.lr)
     scheduler = CosineAnnealingLR(optimizer, args.epochs)
-    metrics = [EmbeddingMetric(keys=["recall@1", "map@r"])]
-    options = {"checkpoint": args.checkpoint, "monitor": "val_map@r", "mode": "max"}
-    fit(train_loader, val_loader, model, loss_fn, optimizer, scheduler, args.epochs, device, 50, metrics, **options)
+    metrics = [EmbeddingMetric(evaluate_embeddings, keys=["recall@1", "map@r"])]
+    keep = Checkpoint(args.checkpoint, best="val_map@r", mode="max")
+    fit(
+        train_loader,
+        val_loader,
+        model,
+        loss_fn,
+        optimizer,
+        scheduler,
+        args.epochs,
+        device,
+        50,
+        metrics,
+        checkpoint=keep,
+    )
     if "RANK" in os.environ:
         distributed.barrier()  # none leaves while another still waits for it
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Run the notebooks' experiments over several seeds, and write their results into results/ and README.md.
+"""Run the notebooks' experiments over several seeds; write results/, and the tables of README.md and docs/results.md.
 
     python scripts/reproduce.py            # what is missing, then summary.json and the tables
     python scripts/reproduce.py --tables   # summary.json and the tables alone
@@ -22,7 +22,7 @@ from tables import insert, markdown
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 RUNS = ROOT / "runs"
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 SEEDS = [0, 1, 2]
 EPOCHS = 20
 NOTEBOOKS = {
@@ -192,6 +192,12 @@ def rows_of(dataset, names, metrics, results):
     ]
 
 
+def short_table(results):
+    """MNIST at a glance, for README: three columns of the whole table."""
+    rows = rows_of("mnist", DIGITS_AND_CLOTHES, ["knn5", "map@r", "eer"], results)
+    return markdown(["", "5-nn", "MAP@R", "EER"], [row[:-1] for row in rows])
+
+
 def table_beside_the_original(dataset, results):
     metrics = ["knn5", "recall@1", "map@r", "auc", "eer"]
     rows = rows_of(dataset, EXPERIMENTS[dataset], metrics, results)
@@ -203,8 +209,10 @@ def table_beside_the_original(dataset, results):
 
 
 def tables_of(summary):
-    """Name between the README's markers -> table."""
+    """Name between the pages' markers -> table."""
     tables = {f"results {d}": table_beside_the_original(d, summary[d]) for d in ORIGINAL if d in summary}
+    if "mnist" in summary:
+        tables["results short"] = short_table(summary["mnist"])
     if "omniglot" in summary:
         results = summary["omniglot"]
         one_shot = rows_of("omniglot", ONE_SHOT, ["error"], results)
@@ -231,7 +239,8 @@ def main():
         return 0
     is_complete = "--tables" in sys.argv or run_missing()
     (RESULTS / "summary.json").write_text(json.dumps(summary(), indent=1) + "\n")
-    README.write_text(with_tables(README.read_text(), summary()))
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(), summary()))
     return 0 if is_complete else 1
 
 

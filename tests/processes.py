@@ -9,7 +9,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from checkpoints import Checkpoint
 from datasets import BalancedBatchSampler
+from evaluation import evaluate_embeddings
 from losses import BatchAllTripletLoss, GlobalBatchLoss, OnlineContrastiveLoss, OnlineTripletLoss
 from metrics import AccumulatedAccuracyMetric, AverageNonzeroTripletsMetric, EmbeddingMetric, EmbeddingStatisticsMetric
 from networks import ClassificationNet
@@ -97,7 +99,7 @@ def evaluate(rank=0, n_processes=1):
     sampler = DistributedSampler(data, n_processes, rank, shuffle=False) if n_processes > 1 else None
     loader = DataLoader(data, batch_size=2, sampler=sampler)
     model, classifier = make_model(), ClassificationNet(make_model(), 4, embedding_dim=3)
-    metrics = [EmbeddingMetric(), EmbeddingStatisticsMetric()]
+    metrics = [EmbeddingMetric(evaluate_embeddings), EmbeddingStatisticsMetric()]
     _, [retrieval, statistics] = test_epoch(loader, model, BatchAllTripletLoss(1.0), False, metrics)
     spread = {name: statistics.value()[name] for name in ("spread", "effective_rank", "norm")}
     loss, [accuracy] = test_epoch(loader, classifier, nn.NLLLoss(), False, [AccumulatedAccuracyMetric()])
@@ -112,19 +114,17 @@ def evaluate(rank=0, n_processes=1):
     }
 
 
-def resume(rank, n_processes, path, n_epochs):
+def resume(rank, n_processes, path, n_epochs, on_epoch=None):
     """Train on balanced batches of all processes, with dropout, from the file's end on."""
     data = samples()
-    sampler = BalancedBatchSampler(data.tensors[1], 2, 2, num_replicas=n_processes, rank=rank)
+    sampler = BalancedBatchSampler(data.tensors[1], 2, 2, num_replicas=n_processes, rank=rank, seed=5)
     loader = DataLoader(data, batch_sampler=sampler)
     model = DistributedDataParallel(nn.Sequential(make_model(), nn.Dropout(0.5)))
     loss_fn = GlobalBatchLoss(OnlineTripletLoss(1.0, RandomNegativeTripletSelector(1.0)))
     optimizer = SGD(model.parameters(), 0.01)
     torch.manual_seed(rank)
-    metrics = [AverageNonzeroTripletsMetric()]
-    history = fit(
-        loader, None, model, loss_fn, optimizer, StepLR(optimizer, 1), n_epochs, False, 0, metrics, checkpoint=path
-    )
+    run = (optimizer, StepLR(optimizer, 1), n_epochs, False, 0, [AverageNonzeroTripletsMetric()])
+    history = fit(loader, None, model, loss_fn, *run, checkpoint=Checkpoint(path), on_epoch=on_epoch)
     losses = [row["train_loss"] for row in history] + [row["train_Average nonzero triplets"] for row in history]
     return {**model.module.state_dict(), "losses": torch.tensor(losses)}
 
@@ -148,6 +148,12 @@ def work(rank, n_processes, folder):
     results["whole"] = resume(rank, n_processes, f"{folder}/whole", 4)
     resume(rank, n_processes, f"{folder}/run", 2)
     results["resumed"] = resume(rank, n_processes, f"{folder}/run", 4)
+    ended = resume(rank, n_processes, f"{folder}/ended", 4, on_epoch=lambda row: row["epoch"] == 2)
+    results["n_epochs"] = len(ended["losses"]) // 2
+    if rank == 0:
+        make_model().load_state_dict(
+            {k[2:]: x for k, x in torch.load(f"{folder}/run", weights_only=True)["model"].items()}
+        )
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 

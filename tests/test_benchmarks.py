@@ -1,4 +1,4 @@
-"""The benchmarks' own tools, and the tables in the README."""
+"""The benchmarks' own tools, and their tables in README.md and docs/benchmarks.md."""
 
 import contextlib
 import time
@@ -9,17 +9,27 @@ import readme
 import scaling
 import selection
 import torch
-from common import RESULTS, time_in_turn, try_alone
+from common import RESULTS, read, time_in_turn, try_alone
 from tables import markdown
 
 has_results = pytest.mark.skipif(not (RESULTS / "epoch.json").exists(), reason="no benchmark has been run")
 
 
 @has_results
-def test_readme_carries_the_tables_of_the_results():
-    text = readme.README.read_text()
-    assert readme.with_tables(text) == text
-    assert text.count("make benchmark") >= 3
+def test_pages_carry_the_tables_of_the_results():
+    texts = [page.read_text() for page in readme.PAGES]
+    assert [readme.with_tables(text) for text in texts] == texts
+    for path in RESULTS.glob("*.json"):
+        assert f"<!-- {path.stem} -->" in texts[1]
+
+
+@has_results
+def test_cells_of_the_short_table_are_those_of_the_whole():
+    results = read("selection")
+    short, whole = selection.short_table(results), selection.table(results)
+    cells = [cell.removesuffix(" \\*") for line in short.splitlines()[2:] for cell in line.strip("| ").split(" | ")[1:]]
+    assert len(cells) == 12
+    assert all(f"| {cell} |" in whole for cell in cells)
 
 
 def test_trial_alone_reports_how_it_ended():
@@ -67,6 +77,7 @@ def test_loops_choose_what_the_selectors_choose(strategy):
     torch.testing.assert_close(*values)
 
 
+@pytest.mark.slow
 def test_precision_is_of_the_notebook_s_fit_in_half_precision(monkeypatch, tmp_path):
     for name, value in {"EPOCHS": "1", "RUN_DIR": str(tmp_path), "DATA_ROOT": str(tmp_path / "none")}.items():
         monkeypatch.setenv(name, value)

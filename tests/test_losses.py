@@ -193,7 +193,7 @@ def test_online_contrastive_equals_loops(seed):
 
 @each_seed
 @each_variant
-def test_online_triplet_equals_loops_D12(seed, squared, soft_margin):
+def test_online_triplet_equals_loops(seed, squared, soft_margin):
     torch.manual_seed(seed)
     embeddings, labels = torch.randn(14, 3), torch.randint(4, (14,)).tolist()
     rows = []
@@ -241,7 +241,7 @@ def test_online_triplet_gradient(squared, soft_margin):
         assert torch.autograd.gradcheck(lambda e, loss_fn=loss_fn: loss_fn(e, labels)[0], embeddings)
 
 
-def test_coincident_pairs_have_finite_gradients_D7():
+def test_coincident_pairs_have_finite_gradients():
     x1, x2 = torch.full((2, 3, 2), 0.7).requires_grad_().unbind()
     x1.retain_grad()
     loss = ContrastiveLoss(1.5)(x1, x2, torch.tensor([1, 0, 0]))
@@ -251,7 +251,7 @@ def test_coincident_pairs_have_finite_gradients_D7():
 
 
 @each_pair_selector
-def test_coincident_negatives_in_a_batch_have_finite_gradients_D7(make):
+def test_coincident_negatives_in_a_batch_have_finite_gradients(make):
     embeddings = torch.tensor([[0.0, 0.0], [3.0, 1.0], [0.0, 0.0], [9.0, 1.0]])  # 0 and 2: the pair that is mined
     loss, gradient = value_and_gradient(OnlineContrastiveLoss(1.5, make()), embeddings, [0, 0, 1, 1])
     assert torch.isfinite(loss)
@@ -262,7 +262,7 @@ def test_coincident_negatives_in_a_batch_have_finite_gradients_D7(make):
 
 
 @each_variant
-def test_coincident_triplets_have_finite_gradients_D7(squared, soft_margin):
+def test_coincident_triplets_have_finite_gradients(squared, soft_margin):
     options = {"squared": squared, "soft_margin": soft_margin}
     embeddings = torch.full((3, 4, 2), 0.7).requires_grad_()
     loss = TripletLoss(1.5, **options)(*embeddings)
@@ -280,7 +280,7 @@ def test_coincident_triplets_have_finite_gradients_D7(squared, soft_margin):
 
 @each_pair_selector
 @each_seed
-def test_online_contrastive_is_twice_the_offline_one_D10(make, seed):
+def test_online_contrastive_is_twice_the_offline_one(make, seed):
     torch.manual_seed(seed)
     embeddings, labels = torch.randn(16, 3), torch.randint(4, (16,))
     positive, negative = make().get_pairs(embeddings, labels)
@@ -366,7 +366,7 @@ def test_labels_of_every_form_give_the_same():
 # What is counted
 
 
-def test_count_is_of_active_triplets_D12():
+def test_count_is_of_active_triplets():
     embeddings = torch.tensor([[0.0], [1.0], [1.0], [50.0], [2.0**0.5]])
     selector = GivenTriplets([[0, 1, 2], [0, 1, 3], [0, 3, 1], [0, 1, 3]])
     loss, count = OnlineTripletLoss(1.0, selector)(embeddings, [0, 0, 1, 1, 2])
@@ -376,12 +376,12 @@ def test_count_is_of_active_triplets_D12():
     assert loss.item() == pytest.approx((1 + 0 + 2500 - 1 + 1 + 0) / 4)
 
 
-def test_count_leaves_out_a_loss_of_exactly_zero_D12():
+def test_count_leaves_out_a_loss_of_exactly_zero():
     loss, count = OnlineTripletLoss(3.0, GivenTriplets([[0, 1, 2]]))(torch.tensor([[0.0], [1.0], [2.0]]), [0, 0, 1])
     assert (loss.item(), count.item()) == (0, 0)  # 1 - 4 + 3
 
 
-def test_mean_over_active_triplets_from_the_count_D14():
+def test_mean_over_active_triplets_from_the_count():
     embeddings, labels = torch.randn(20, 2), torch.arange(20) % 4
     triplets = AllTripletSelector().get_triplets(embeddings, labels)
     losses = naive_triplet(*(embeddings[triplets[:, i]] for i in range(3)), 0.5)
@@ -398,7 +398,7 @@ def test_mean_over_active_triplets_from_the_count_D14():
 @each_pair_selector
 @pytest.mark.parametrize("labels", [[], [3], [0, 1]], ids=["none", "one", "two"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_no_pairs_give_zero_with_a_graph_D8_D13_D17_D18(make, labels, dtype):
+def test_no_pairs_give_zero_with_a_graph(make, labels, dtype):
     embeddings = torch.randn(len(labels), 2).mul(5).to(dtype).requires_grad_()
     # Two samples of two classes are one negative pair, which only "all" takes: beyond the margin it costs nothing.
     loss = OnlineContrastiveLoss(1e-6, make())(embeddings, torch.tensor(labels, dtype=torch.int64))
@@ -412,7 +412,7 @@ def test_no_pairs_give_zero_with_a_graph_D8_D13_D17_D18(make, labels, dtype):
     ids=["none", "one", "alike", "two", "one_class", "distinct"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_no_triplets_give_zero_with_a_graph_D8_D13_D17_D18(make, labels, dtype):
+def test_no_triplets_give_zero_with_a_graph(make, labels, dtype):
     embeddings = torch.randn(len(labels), 2).to(dtype).requires_grad_()
     loss, count = OnlineTripletLoss(1.0, make())(embeddings, torch.tensor(labels, dtype=torch.int64))
     assert_zero_with_graph(loss, embeddings)
@@ -423,7 +423,7 @@ def test_no_triplets_give_zero_with_a_graph_D8_D13_D17_D18(make, labels, dtype):
 
 @each_pair_selector
 @pytest.mark.parametrize("labels", [[0, 0], [1, 1, 1, 1]])
-def test_batch_without_negatives_is_the_mean_of_the_positives_D8_D17(make, labels):
+def test_batch_without_negatives_is_the_mean_of_the_positives(make, labels):
     embeddings = torch.arange(len(labels)).float()[:, None]
     loss, gradient = value_and_gradient(OnlineContrastiveLoss(1.0, make()), embeddings, torch.tensor(labels))
     assert loss.item() == pytest.approx({2: 1, 4: (1 + 1 + 1 + 4 + 4 + 9) / 6}[len(labels)])
@@ -431,7 +431,7 @@ def test_batch_without_negatives_is_the_mean_of_the_positives_D8_D17(make, label
 
 
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 2]])
-def test_batch_without_positives_is_the_mean_of_the_negatives_D8_D17(labels):
+def test_batch_without_positives_is_the_mean_of_the_negatives(labels):
     embeddings = torch.arange(len(labels)).float()[:, None]
     loss_fn = OnlineContrastiveLoss(3.0, AllPositivePairSelector(balance=False))
     loss, gradient = value_and_gradient(loss_fn, embeddings, torch.tensor(labels))
@@ -489,20 +489,20 @@ def assert_half_equals_float32(loss_fn, rounded):
 @each_half
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 100.0])
 @pytest.mark.parametrize("loss_fn", HALF_LOSSES.values(), ids=HALF_LOSSES)
-def test_half_precision_equals_float32_D9_D20(loss_fn, dtype, scale):
+def test_half_precision_equals_float32(loss_fn, dtype, scale):
     # At scale 1e-2 the squares of the smaller differences underflow float16, at 100 those of the larger ones overflow.
     assert_half_equals_float32(loss_fn, (torch.randn(60, 4) * scale).to(dtype))
 
 
 @each_half
-def test_half_precision_sums_beyond_float16_D9_D20(dtype):
+def test_half_precision_sums_beyond_float16(dtype):
     anchor, positive, negative = torch.tensor([0.0, 1000.0, 8.0]).repeat(20, 1).T[..., None].to(dtype)
     loss = TripletLoss(1.0)(anchor, positive, negative, size_average=False)
     assert loss.item() == 20 * (1000**2 - 8**2 + 1)
 
 
 @each_half
-def test_half_precision_gradient_of_many_triplets_D9_D20(dtype):
+def test_half_precision_gradient_of_many_triplets(dtype):
     # Each of the 172,800 triplets adds about 1e-7: float16 has nothing finer than 6e-8, yet it holds their sum.
     labels = torch.arange(160) % 10
     rounded = (torch.randn(160, 2) * 0.01).to(dtype)
@@ -527,21 +527,21 @@ def test_float64_stays_float64(loss_fn):
 
 
 @pytest.mark.parametrize("strategy", [HardestNegativeTripletSelector, SemihardNegativeTripletSelector])
-def test_other_margin_of_the_selector_warns_D23(strategy):
+def test_other_margin_of_the_selector_warns(strategy):
     with pytest.warns(UserWarning, match=rf"margin=1\.0 .*margin=0\.2 .*{strategy.__name__}") as caught:
         OnlineTripletLoss(1.0, strategy(0.2))
     assert caught[0].filename == __file__  # where the mistake is, not in the module
 
 
 @pytest.mark.parametrize("squared", [True, False])
-def test_other_distance_of_the_selector_warns_D23(squared):
+def test_other_distance_of_the_selector_warns(squared):
     selector = RandomNegativeTripletSelector(1.0, squared=not squared)
     with pytest.warns(UserWarning, match=rf"squared={squared} .*squared={not squared} .*RandomNegative"):
         OnlineTripletLoss(1.0, selector, squared=squared)
 
 
 @pytest.mark.parametrize("squared", [True, False])
-def test_equal_margin_and_distance_do_not_warn_D23(squared):
+def test_equal_margin_and_distance_do_not_warn(squared):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         OnlineTripletLoss(1, SemihardNegativeTripletSelector(1.0, squared=squared), squared=squared)
@@ -553,7 +553,7 @@ def test_equal_margin_and_distance_do_not_warn_D23(squared):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
-def test_contrastive_target_may_be_a_column_D11(dtype):
+def test_contrastive_target_may_be_a_column(dtype):
     x1, x2, target = torch.randn(6, 3), torch.randn(6, 3), torch.tensor([0, 1, 1, 0, 1, 0]).to(dtype)
     expected = sum(naive_contrastive(x1, x2, target, 1.0)) / 6
     assert ContrastiveLoss(1.0)(x1, x2, target).item() == pytest.approx(expected)
@@ -561,7 +561,7 @@ def test_contrastive_target_may_be_a_column_D11(dtype):
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (7,), (6, 6), (6, 2), (1, 6), (2, 3), (6, 1, 1)], ids=str)
-def test_contrastive_target_of_another_shape_is_refused_D11(shape):
+def test_contrastive_target_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"target") as error:
         ContrastiveLoss(1.0)(torch.randn(6, 3), torch.randn(6, 3), torch.ones(shape))
     assert str(shape) in str(error.value)
@@ -740,7 +740,7 @@ def test_golden_online_losses(golden, case):
 
 @pytest.mark.gpu
 @each_pair_selector
-def test_online_contrastive_stays_on_the_gpu_D15(make):
+def test_online_contrastive_stays_on_the_gpu(make):
     embeddings = torch.randn(12, 3, device="cuda")
     for labels in (torch.arange(12) % 3, torch.arange(12, device="cuda") % 3):
         loss, gradient = value_and_gradient(OnlineContrastiveLoss(1.0, make()), embeddings, labels)
@@ -750,7 +750,7 @@ def test_online_contrastive_stays_on_the_gpu_D15(make):
 @pytest.mark.gpu
 @each_triplet_selector
 @pytest.mark.parametrize("n_classes", [1, 3])
-def test_online_triplet_stays_on_the_gpu_D15(make, n_classes):
+def test_online_triplet_stays_on_the_gpu(make, n_classes):
     embeddings = torch.randn(12, 3, device="cuda", requires_grad=True)
     for labels in (torch.arange(12) % n_classes, torch.arange(12, device="cuda") % n_classes):
         loss, count = OnlineTripletLoss(1.0, make())(embeddings, labels)
@@ -760,7 +760,7 @@ def test_online_triplet_stays_on_the_gpu_D15(make, n_classes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("indices_on", "embeddings_on"), [("cpu", "cuda"), ("cuda", "cpu")])
-def test_indices_of_the_user_may_be_on_another_device_D15(indices_on, embeddings_on):
+def test_indices_of_the_user_may_be_on_another_device(indices_on, embeddings_on):
     embeddings = torch.tensor([[0.0], [2.0], [1.0]], device=embeddings_on)
     loss, count = OnlineTripletLoss(1.0, GivenTriplets([[0, 1, 2]], indices_on))(embeddings, [0, 0, 1])
     assert (loss.item(), count.item()) == (4, 1)
@@ -770,7 +770,7 @@ def test_indices_of_the_user_may_be_on_another_device_D15(indices_on, embeddings
 
 @pytest.mark.gpu
 @each_half
-def test_half_precision_on_the_gpu_equals_float32_D9_D20(dtype):
+def test_half_precision_on_the_gpu_equals_float32(dtype):
     labels = torch.arange(160, device="cuda") % 10
     rounded = torch.randn(160, 2, device="cuda").to(dtype)
     assert_half_equals_float32(lambda e: OnlineTripletLoss(1.0, AllTripletSelector())(e, labels)[0], rounded)
@@ -861,7 +861,7 @@ def test_batch_all_passes_gradcheck(squared, both_directions, average):
 
 @each_half
 @pytest.mark.parametrize("scale", [1, 300])
-def test_batch_all_in_half_precision_is_computed_in_float32_D9_D20(dtype, scale):
+def test_batch_all_in_half_precision_is_computed_in_float32(dtype, scale):
     labels = torch.arange(24) % 4
     half = (scale * torch.randn(24, 8)).to(dtype).requires_grad_()  # 300 squared overflows float16
     full = half.detach().float().requires_grad_()
@@ -874,7 +874,7 @@ def test_batch_all_in_half_precision_is_computed_in_float32_D9_D20(dtype, scale)
 
 
 @pytest.mark.parametrize("squared", [True, False])
-def test_batch_all_on_coincident_points_has_finite_gradients_D7(squared):
+def test_batch_all_on_coincident_points_has_finite_gradients(squared):
     embeddings = torch.ones(6, 3).requires_grad_()
     loss, count = BatchAllTripletLoss(0.5, squared=squared)(embeddings, torch.tensor([0, 0, 0, 1, 1, 1]))
     loss.backward()
@@ -883,7 +883,7 @@ def test_batch_all_on_coincident_points_has_finite_gradients_D7(squared):
 
 
 @pytest.mark.parametrize("labels", [[], [0], [0, 0, 0], [0, 1, 2]])
-def test_batch_all_without_triplets_is_zero_with_a_graph_D8(labels):
+def test_batch_all_without_triplets_is_zero_with_a_graph(labels):
     embeddings = torch.randn(len(labels), 2, requires_grad=True)
     loss, count = BatchAllTripletLoss(1.0)(embeddings, labels)
     loss.backward()
@@ -931,15 +931,12 @@ def test_batch_all_equals_pytorch_metric_learning():
 
 
 @pytest.mark.gpu
-def test_batch_all_does_not_wait_for_the_gpu():
+def test_batch_all_does_not_wait_for_the_gpu(gpu_unread):
     labels = torch.arange(64, device="cuda") % 8
     embeddings = torch.randn(64, 16, device="cuda", requires_grad=True)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with gpu_unread():
         loss, count = BatchAllTripletLoss(1.0)(embeddings, labels)
         loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     expected, expected_count = BatchAllTripletLoss(1.0)(embeddings.cpu(), labels.cpu())
     torch.testing.assert_close(loss.cpu(), expected)
     assert int(count) == int(expected_count)

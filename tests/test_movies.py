@@ -1,6 +1,7 @@
-"""The README's moving pictures, made from the notebook's cells."""
+"""The moving pictures of README and docs/results.md, made from the notebook's cells."""
 
 import movies
+import pytest
 from PIL import Image
 
 
@@ -12,6 +13,7 @@ def test_steps_are_ever_farther_apart():
     assert steps[-1] - steps[-2] > 50
 
 
+@pytest.mark.slow
 def test_movie_is_made_from_the_notebook_s_cell(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(movies, "IMAGES", tmp_path)
     monkeypatch.setattr(movies, "EPOCHS", 1)

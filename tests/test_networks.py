@@ -1,8 +1,13 @@
 """Tests of networks.py, against outputs of the original network and against the network plainly written."""
 
 import copy
+import io
 import math
+import os
 import pickle
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +15,23 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pack_sequence
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models import resnet18
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
-from networks import ClassificationNet, ConvNet4, EmbeddingNet, EmbeddingNetL2, RandomAffine, SiameseNet, TripletNet
+import networks
+from networks import (
+    Chunked,
+    ClassificationNet,
+    ConvNet4,
+    EmbeddingNet,
+    EmbeddingNetL2,
+    RandomAffine,
+    SiameseNet,
+    TripletNet,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "networks_11.npz"
 EMBEDDING_NET_NAMES = [
@@ -120,11 +137,11 @@ def test_outputs_and_gradients_equal_the_plain_network(slope):
 
 @both_embedding_nets
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (29, 28), (28, 31), (32, 32), (33, 47), (64, 64), (28, 90)])
-def test_any_image_size_from_28_embeds_D39(net_class, height, width):
+def test_any_image_size_from_28_embeds(net_class, height, width):
     assert net_class()(torch.rand(2, 1, height, width)).shape == (2, 2)
 
 
-def test_all_of_a_larger_image_counts_D39():
+def test_all_of_a_larger_image_counts():
     net = EmbeddingNet()
     image = torch.rand(1, 1, 64, 48)
     for top in (0, 16, 32, 48):
@@ -135,14 +152,14 @@ def test_all_of_a_larger_image_counts_D39():
 
 
 @both_embedding_nets
-def test_channels_and_embedding_dim_can_be_chosen_D39(net_class):
+def test_channels_and_embedding_dim_can_be_chosen(net_class):
     net = net_class(embedding_dim=64, in_channels=3)
     assert net.embedding_dim == 64
     assert net(torch.rand(5, 3, 40, 40)).shape == (5, 64)
     assert net_class(7)(torch.rand(5, 1, 28, 28)).shape == (5, 7)
 
 
-def test_memory_format_does_not_change_the_embedding_D5_D39():
+def test_memory_format_does_not_change_the_embedding():
     net = EmbeddingNet(in_channels=3)
     x = torch.rand(4, 3, 30, 36)
     channels_last = x.to(memory_format=torch.channels_last)
@@ -157,9 +174,53 @@ def test_memory_format_does_not_change_the_embedding_D5_D39():
 @pytest.mark.parametrize(
     "shape", [(2, 1, 27, 28), (2, 1, 28, 27), (2, 3, 28, 28), (1, 28, 28), (2, 784), (2, 1, 1, 28, 28)]
 )
-def test_other_shapes_are_errors_D39(net_class, shape):
+def test_other_shapes_are_errors(net_class, shape):
     with pytest.raises(ValueError, match=r"expected images of shape \(B, 1, H, W\).*got \(" + f"{shape[0]}, "):
         net_class()(torch.rand(shape))
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("size", [(5, 5), (6, 7), (7, 9), (8, 8), (13, 10), (18, 4)], ids=str)
+def test_deterministic_pool_equals_the_adaptive_one(size, deterministic):
+    x = torch.randn(3, 8, *size).round().requires_grad_()  # rounded, so that there are ties
+    weights = torch.randn(3, 8, 4, 4)
+    expected = functional.adaptive_max_pool2d(x, 4)
+    result = networks._max_pool_to_4x4(x)
+    assert torch.equal(result, expected)
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (result, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (45, 48)], ids=str)
+def test_deterministic_passes_of_larger_images_take_no_adaptive_pool(size, deterministic, monkeypatch):
+    net, x = EmbeddingNet(), torch.rand(2, 1, *size)
+    torch.use_deterministic_algorithms(False)
+    expected = net(x)
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(functional, "adaptive_max_pool2d", None)
+    assert torch.equal(net(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [28, 45, 48])
+def test_any_image_size_trains_deterministically_on_the_gpu(size):
+    code = f"""if True:
+        import torch
+        from networks import ConvNet4, EmbeddingNet, RandomAffine, SiameseNet
+        torch.use_deterministic_algorithms(True)
+        for net in (EmbeddingNet(4), ConvNet4(4)):
+            model = SiameseNet(torch.nn.Sequential(RandomAffine(translate=1, degrees=10), net)).cuda()
+            a, b = model(*torch.rand(2, 4, 1, {size}, {size}, device="cuda"))
+            (a - b).square().sum().backward()
+    """
+    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_hooks_on_convnet_fire():
@@ -197,7 +258,7 @@ def test_l2_rows_are_those_of_the_plain_net_at_norm_one():
     torch.testing.assert_close(embeddings * raw.norm(dim=1, keepdim=True), raw)
 
 
-def test_l2_trains_D38():
+def test_l2_trains():
     net = EmbeddingNetL2(embedding_dim=8)
     x, aim = torch.rand(8, 1, 28, 28), functional.normalize(torch.randn(1, 8), dim=1)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -214,7 +275,7 @@ def test_l2_trains_D38():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_l2_of_a_zero_embedding_is_zero_D38(dtype):
+def test_l2_of_a_zero_embedding_is_zero(dtype):
     net = EmbeddingNetL2()
     nn.init.zeros_(net.fc[4].weight)
     nn.init.zeros_(net.fc[4].bias)
@@ -223,7 +284,7 @@ def test_l2_of_a_zero_embedding_is_zero_D38(dtype):
     assert torch.equal(embeddings, torch.zeros(4, 2, dtype=dtype))
 
 
-def test_l2_of_a_zero_embedding_has_finite_gradient_D38():
+def test_l2_of_a_zero_embedding_has_finite_gradient():
     net = EmbeddingNetL2()
     nn.init.zeros_(net.fc[4].weight)
     nn.init.zeros_(net.fc[4].bias)
@@ -259,7 +320,7 @@ def flat_net():
     ],
     ids=["EmbeddingNet", "EmbeddingNetL2", "Sequential", "resnet18"],
 )
-def test_classifier_takes_any_net_D5(make_net, embedding_dim):
+def test_classifier_takes_any_net(make_net, embedding_dim):
     net = ClassificationNet(make_net(), 10).eval()
     x = torch.rand(2, 3, 32, 32)
     assert net.get_embedding(x).shape == (2, embedding_dim)
@@ -267,7 +328,7 @@ def test_classifier_takes_any_net_D5(make_net, embedding_dim):
     assert net(x).shape == (2, 10)
 
 
-def test_classifier_takes_the_embedding_dim_told_D5():
+def test_classifier_takes_the_embedding_dim_told():
     net = ClassificationNet(nn.Sequential(nn.Linear(3, 9), nn.Unflatten(1, (3, 3)), nn.Flatten()), 4, embedding_dim=9)
     assert net(torch.rand(2, 3)).shape == (2, 4)
     pooled = nn.Sequential(nn.Conv2d(1, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -278,7 +339,7 @@ def test_classifier_takes_the_embedding_dim_told_D5():
     assert ClassificationNet(told, 4).fc1.in_features == 8
 
 
-def test_classifier_of_unknown_embedding_dim_is_an_error_D5():
+def test_classifier_of_unknown_embedding_dim_is_an_error():
     with pytest.raises(ValueError, match="embedding_dim=D"):
         ClassificationNet(nn.Sequential(nn.Conv2d(1, 6, 3), nn.Flatten()), 4)
 
@@ -298,12 +359,13 @@ def test_wrappers_embed_each_input_with_shared_weights(wrapper, n_inputs):
 
 
 @pytest.mark.parametrize(("wrapper", "sizes"), [(SiameseNet, (5, 2)), (TripletNet, (1, 4, 2))])
-def test_wrappers_pass_the_inputs_once_and_together_D40(wrapper, sizes):
+def test_wrappers_pass_the_inputs_once_and_together(wrapper, sizes):
     net, reference = normed_net(), normed_net()
     inputs = [torch.randn(size, 3) + i for i, size in enumerate(sizes)]
     expected = reference(torch.cat(inputs)).split(sizes)
     calls = count_calls(net)
-    outputs = wrapper(net)(*inputs)
+    model = wrapper(net)
+    outputs = model(*inputs)
     assert calls == [1]
     assert [len(output) for output in outputs] == list(sizes)
     for output, of_reference in zip(outputs, expected):
@@ -311,6 +373,227 @@ def test_wrappers_pass_the_inputs_once_and_together_D40(wrapper, sizes):
     assert net[1].num_batches_tracked == 1
     torch.testing.assert_close(net[1].running_mean, reference[1].running_mean)
     torch.testing.assert_close(net[1].running_var, reference[1].running_var)
+    model(*inputs)
+    assert calls == [1, 1]
+
+
+class Noisy(nn.Module):
+    """Batch norm, dropout and draws from every kind of generator, then `finish(self, x)`; inputs are read by `read`."""
+
+    def __init__(self, finish=lambda self, x: x, read=lambda self, x: x, **layers):
+        super().__init__()
+        self.finish, self.read = finish, read
+        self.layers = nn.ModuleDict(layers)
+        self.norm, self.dropout = nn.BatchNorm1d(5), nn.Dropout(0.3)
+        self.generator = torch.Generator().manual_seed(2)
+        self.n_calls = 0
+
+    def forward(self, x):
+        self.n_calls += 1
+        x = self.dropout(self.norm(self.read(self, x)))  # (B, 5)
+        return self.finish(self, x * torch.rand(1, generator=self.generator) * np.random.rand() * random.random())
+
+
+def traces(net):
+    """All that a pass changes: random states and buffers."""
+    numbers = torch.get_rng_state(), net.generator.get_state(), np.random.get_state()[1], random.getstate()[1]
+    return [*map(np.asarray, numbers), *(buffer.clone().numpy() for buffer in net.buffers())]
+
+
+def leaves(outputs):
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    return [x for part in outputs for x in leaves(part)] if isinstance(outputs, (tuple, list)) else [outputs]
+
+
+def assert_as_one_by_one(net, *inputs, n_superfluous, wrapper=SiameseNet):
+    """Outputs and traces are those of a call for each input, twice over; `n_superfluous` joint passes were in vain."""
+    twin = copy.deepcopy(net)
+    model = wrapper(twin)
+    results = []
+    for function, called in ((lambda *xs: tuple(net(x) for x in xs), net), (model, twin)):
+        for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+            set_seed(0)
+        results.append([(function(*inputs), traces(called)) for _ in range(2)])
+    for (expected, expected_traces), (outputs, found_traces) in zip(*results):
+        assert isinstance(outputs, tuple)
+        assert len(leaves(outputs)) == len(leaves(expected))
+        assert all(torch.equal(x, y) for x, y in zip(leaves(outputs), leaves(expected)))
+        assert all(np.array_equal(x, y) for x, y in zip(found_traces, expected_traces))
+    assert twin.n_calls == net.n_calls + n_superfluous
+
+
+def of_list(self, x):
+    return torch.stack(list(x))
+
+
+def last_state(self, x):
+    return self.layers["gru"](x)[1][0]  # (L, B, D) or PackedSequence to (B, 5)
+
+
+UNLIKE_INPUTS = {
+    "lists": (of_list, lambda n: list(torch.rand(n, 5))),
+    "dicts": (lambda self, x: x["a"], lambda n: {"a": torch.rand(n, 5)}),
+    "objects": (lambda self, x: x.x, lambda n: type("Graph", (), {"x": torch.rand(n, 5)})()),
+    "sparse": (lambda self, x: x.to_dense(), lambda n: torch.rand(n, 5).to_sparse()),
+    "packed": (last_state, lambda n: pack_sequence([torch.rand(n, 5), torch.rand(2, 5)])),
+    "sizes": (lambda self, x: x.mean(dim=(2, 3)), lambda n: torch.rand(3, 5, n, n)),
+    "dtypes": (lambda self, x: x.float(), lambda n: torch.rand(3, 5).to([torch.float32, torch.float64][n % 2])),
+    "nested": (
+        lambda self, x: torch.stack([part.mean(dim=0) for part in x.unbind()]),
+        lambda n: torch.nested.nested_tensor([torch.rand(n, 5), torch.rand(2, 5)], layout=torch.jagged),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", [SiameseNet, TripletNet])
+@pytest.mark.parametrize(("read", "make_input"), UNLIKE_INPUTS.values(), ids=UNLIKE_INPUTS)
+def test_inputs_that_cannot_be_put_together_pass_one_by_one(read, make_input, wrapper):
+    inputs = [make_input(n) for n in (4, 3, 6)[: 2 if wrapper is SiameseNet else 3]]
+    net = Noisy(read=read, gru=nn.GRU(5, 5))
+    assert_as_one_by_one(net, *inputs, n_superfluous=0, wrapper=wrapper)
+    assert wrapper(net).get_embedding(inputs[0]).shape[1] == 5
+
+
+OTHER_OUTPUTS = {
+    "two": lambda self, x: (x, 2 * x),
+    "dict": lambda self, x: {"a": x, "b": x.sum(dim=1)},
+    "4-D": lambda self, x: x[:, :, None, None],
+    "1-D": lambda self, x: x.sum(dim=1),
+    "of the batch": lambda self, x: x.mean(dim=0, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("wrapper", [SiameseNet, TripletNet])
+@pytest.mark.parametrize("finish", OTHER_OUTPUTS.values(), ids=OTHER_OUTPUTS)
+def test_a_network_of_another_output_runs_one_by_one_after_one_try_without_trace(finish, wrapper):
+    inputs = torch.rand(2 if wrapper is SiameseNet else 3, 4, 5)
+    assert_as_one_by_one(Noisy(finish), *inputs, n_superfluous=1, wrapper=wrapper)
+
+
+@pytest.mark.parametrize("n_outputs", [0, 1])
+@pytest.mark.parametrize(
+    ("L", "B", "n_superfluous"), [(3, 4, 1), (5, 3, 1), (2, 4, 0), (3, 6, 0), (2, 3, 1), (1, 2, 0)]
+)
+def test_time_first_inputs_run_one_by_one_also_where_the_output_looks_right(L, B, n_superfluous, n_outputs):
+    def finish(self, x):
+        return x if n_outputs == 0 else (x, x)
+
+    net = Noisy(finish, read=last_state, gru=nn.GRU(5, 5))
+    assert_as_one_by_one(net, *torch.rand(2, L, B, 5), n_superfluous=n_superfluous)
+
+
+def test_embeddings_of_a_batch_whose_shape_is_ambiguous_do_not_depend_on_earlier_batches():
+    model = SiameseNet(nn.Sequential(nn.Flatten(), nn.Linear(18, 4), nn.BatchNorm1d(4)))
+    fresh = copy.deepcopy(model)
+    model(*torch.rand(2, 4, 6, 3))  # as a resumed run has not
+    inputs = torch.rand(2, 3, 6, 3)  # six rows, and a dimension of six beside
+    assert all(torch.equal(x, y) for x, y in zip(model(*inputs), fresh(*inputs)))
+
+
+def test_a_network_that_raises_on_the_joint_batch_runs_one_by_one():
+    def finish(self, x):
+        return x + torch.zeros(4, 1)
+
+    assert_as_one_by_one(Noisy(finish), *torch.rand(2, 4, 5), n_superfluous=1)
+
+
+def test_the_error_seen_is_that_of_a_single_input():
+    model = SiameseNet(EmbeddingNet())
+    with pytest.raises(ValueError, match=r"got \(3, 1, 9, 9\)") as caught:
+        model(*torch.rand(2, 3, 1, 9, 9))
+    assert caught.value.__context__ is None
+    calls = count_calls(model.embedding_net)
+    model(*torch.rand(2, 3, 1, 28, 28))
+    assert calls == [1]
+
+
+def test_training_and_evaluation_may_differ_in_the_output():
+    net = Noisy(lambda self, x: (x, x) if self.training else x)
+    model = SiameseNet(net).eval()
+    assert all(torch.is_tensor(x) for x in model(*torch.rand(2, 4, 5)))
+    assert net.n_calls == 1
+    assert all(isinstance(x, tuple) for x in model.train()(*torch.rand(2, 4, 5)))
+    assert net.norm.num_batches_tracked == 2
+
+
+def test_a_network_put_in_the_others_place_is_tried_anew():
+    model = SiameseNet(normed_net())
+    model(*torch.rand(2, 4, 3))
+    model.embedding_net = Noisy(OTHER_OUTPUTS["two"])
+    assert all(len(x) == 2 for x in model(*torch.rand(2, 4, 5)))
+
+
+def test_lazy_networks_and_buffers_set_in_inference_mode_pass():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 2))
+    assert [len(x) for x in SiameseNet(lazy)(*torch.rand(2, 4, 3))] == [4, 4]
+    net = normed_net()
+    with torch.inference_mode():
+        net.register_buffer("constant", torch.ones(2))
+    assert [len(x) for x in SiameseNet(net)(*torch.rand(2, 4, 3))] == [4, 4]
+
+
+def test_outputs_of_single_passes_may_be_changed_in_place():
+    (first, _), (second, _) = SiameseNet(Noisy(OTHER_OUTPUTS["two"]))(*torch.rand(2, 4, 5))
+    first /= 2
+    (first + second).sum().backward()
+
+
+def test_a_wrapper_that_has_run_saves_the_same_names_and_can_be_copied():
+    model = SiameseNet(normed_net())
+    names = list(model.state_dict())
+    inputs = torch.rand(2, 4, 3)
+    model(*inputs)
+    assert list(model.state_dict()) == names
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        calls = count_calls(twin.embedding_net)
+        assert all(torch.equal(x, y) for x, y in zip(twin.eval()(*inputs), model.eval()(*inputs)))
+        assert calls == [1]
+        model.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_warm", [False, True])
+@pytest.mark.parametrize(("wrapper", "n"), [(SiameseNet, 2), (TripletNet, 3)])
+@pytest.mark.parametrize("net_class", [EmbeddingNet, ConvNet4])
+def test_export_takes_batches_of_any_size(net_class, wrapper, n, is_warm):
+    model = wrapper(net_class()).eval()
+    inputs = tuple(torch.rand(n, 4, 1, 28, 28))
+    if is_warm:
+        model(*inputs)
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(model, inputs, dynamic_shapes=({0: batch},) * n).module()
+    for B in (2, 9):
+        inputs = torch.rand(n, B, 1, 28, 28)
+        torch.testing.assert_close(exported(*inputs), model(*inputs), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_wrappers_are_one_graph_for_batches_of_any_size():
+    net = normed_net()
+    compiled = torch.compile(SiameseNet(net), backend="eager", fullgraph=True)
+    for B in (4, 7, 5):
+        x1, x2 = torch.rand(2, B, 3)
+        expected = copy.deepcopy(net)(torch.cat((x1, x2)))
+        torch.testing.assert_close(torch.cat(compiled(x1, x2)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_a_compiled_wrapper_of_two_outputs_gives_both_for_each_input(is_warm):
+    net = nn.Sequential(nn.Linear(5, 3), TwoHeads())
+    model = SiameseNet(net)
+    inputs = torch.rand(2, 4, 5)
+    if is_warm:  # else it breaks the graph to find out
+        model(*inputs)
+    torch._dynamo.reset()
+    outputs = torch.compile(model, backend="eager", fullgraph=is_warm)(*inputs)
+    torch.testing.assert_close(outputs, tuple(net(x) for x in inputs))
+
+
+class TwoHeads(nn.Module):
+    def forward(self, x):
+        return x, x.square()
 
 
 # --- all
@@ -787,6 +1070,21 @@ def test_affine_draws_for_each_input_of_a_triplet():
         torch.testing.assert_close(output, net(x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("has_generator", [False, True])
+def test_affine_compiles_for_batches_of_changing_size(has_generator):
+    generator = torch.Generator() if has_generator else None
+    layer = RandomAffine(**ALL_OF_AFFINE, generator=generator)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=not has_generator)
+    for B in (12, 20, 7, 1):
+        x, results = torch.rand(B, 1, 8, 9), []
+        for function in (layer, compiled):
+            (generator or torch).manual_seed(5)
+            results.append(function(x))
+        torch.testing.assert_close(*results)
+
+
 @pytest.mark.gpu
 def test_affine_on_the_gpu_equals_the_oracle():
     x = torch.rand(4, 2, 9, 14)
@@ -816,7 +1114,7 @@ def test_dense_layers_may_be_replaced(head):
         assert ClassificationNet(net, 10)(torch.randn(3, 1, 28, 28)).shape == (3, 10)
 
 
-def test_classifier_follows_a_replaced_last_layer_D5():
+def test_classifier_follows_a_replaced_last_layer():
     net = EmbeddingNet()
     net.fc[4] = nn.Linear(256, 64)
     assert net.embedding_dim == 64
@@ -833,6 +1131,174 @@ def test_inputs_have_the_originals_names():
     x = torch.randn(2, 1, 28, 28)
     assert len(SiameseNet(EmbeddingNet())(x1=x, x2=x)) == 2
     assert len(TripletNet(EmbeddingNet())(x1=x, x2=x, x3=x)) == 3
+
+
+# --- code written for the original
+
+
+class OwnLayers(EmbeddingNet):
+    """A subclass with layers of its own, for images smaller than 28 x 28 and more channels."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.convnet = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(), nn.MaxPool2d(2))
+        self.fc = nn.Sequential(nn.Linear(8 * 5 * 5, 16), nn.PReLU(), nn.Linear(16, 6))
+        self.dropout = nn.Dropout(0.9)  # in no forward pass of ours
+
+
+class OwnLayersL2(EmbeddingNetL2):
+    def __init__(self):
+        super(EmbeddingNet, self).__init__()
+        self.convnet = nn.Sequential(nn.Conv1d(3, 8, 3), nn.PReLU())
+        self.fc = nn.Linear(8 * 10, 6)
+
+
+def test_a_subclass_with_layers_of_its_own_runs_as_the_original_does():
+    net, x = OwnLayers(), torch.rand(4, 3, 12, 12)
+    assert torch.equal(net(x), net.fc(net.convnet(x).flatten(start_dim=1)))
+    assert isinstance(net.dropout, nn.Dropout)
+    assert ClassificationNet(net, 10)(x).shape == (4, 10)
+    assert net.get_embedding(x).shape == (4, 6)
+    torch.testing.assert_close(OwnLayersL2()(torch.rand(4, 3, 12)).norm(dim=1), torch.ones(4))
+
+
+@pytest.mark.parametrize("is_early", [False, True])
+def test_a_subclass_may_set_its_embedding_dim(is_early):
+    class Wide(EmbeddingNet):
+        def __init__(self):
+            if is_early:
+                self.embedding_dim = 1024
+            super().__init__()
+            self.embedding_dim = 1024
+
+        def forward(self, x):
+            return self.convnet(x).flatten(start_dim=1)
+
+    net = Wide()
+    assert net.embedding_dim == 1024
+    assert pickle.loads(pickle.dumps(EmbeddingNet(5))).embedding_dim == 5
+    assert ClassificationNet(net, 10)(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_a_classifier_whose_get_embedding_is_overridden_classifies_as_before():
+    class Normalised(ClassificationNet):
+        def get_embedding(self, x):
+            return functional.normalize(self.embedding_net(x))
+
+    net, x = Normalised(EmbeddingNet(), 10), torch.rand(3, 1, 28, 28)
+    plain = ClassificationNet(EmbeddingNet(), 10)
+    plain.load_state_dict(net.state_dict())
+    assert torch.equal(net(x), plain(x))
+
+
+@pytest.mark.parametrize(("wrapper", "n_inputs"), [(SiameseNet, 2), (TripletNet, 3)])
+def test_a_wrapper_that_skips_our_init_runs(wrapper, n_inputs):
+    class Own(wrapper):
+        def __init__(self, net):
+            super(wrapper, self).__init__()
+            self.embedding_net = net
+
+        def get_embedding(self, x):
+            return -self.embedding_net(x)
+
+    net = normed_net().eval()
+    inputs = torch.rand(n_inputs, 4, 3)
+    for x, output in zip(inputs, Own(net)(*inputs)):
+        torch.testing.assert_close(output, net(x))
+
+
+ORIGINAL_CLASSES = """
+from torch import nn
+
+class EmbeddingNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        conv = [nn.Conv2d(1, 32, 5), nn.PReLU(), nn.MaxPool2d(2, stride=2), nn.Conv2d(32, 64, 5)]
+        self.convnet = nn.Sequential(*conv, nn.PReLU(), nn.MaxPool2d(2, stride=2))
+        dense = [nn.Linear(1024, 256), nn.PReLU(), nn.Linear(256, 256), nn.PReLU(), nn.Linear(256, 2)]
+        self.fc = nn.Sequential(*dense)
+
+class EmbeddingNetL2(EmbeddingNet):
+    pass
+
+class ClassificationNet(nn.Module):
+    def __init__(self, embedding_net, n_classes):
+        super().__init__()
+        self.embedding_net, self.n_classes = embedding_net, n_classes
+        self.nonlinear, self.fc1 = nn.PReLU(), nn.Linear(2, n_classes)
+
+class SiameseNet(nn.Module):
+    def __init__(self, embedding_net):
+        super().__init__()
+        self.embedding_net = embedding_net
+
+class TripletNet(SiameseNet):
+    pass
+"""
+
+
+@pytest.fixture
+def saved_by_the_original(monkeypatch):
+    """A function that makes a model of the original's classes and gives what `torch.save(model)` of them gives."""
+
+    def save(make_model):
+        original = type(sys)("networks")
+        exec(ORIGINAL_CLASSES, vars(original))
+        file = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "networks", original)
+            model = make_model(original)
+            torch.save(model, file)
+        file.seek(0)
+        return model.state_dict(), torch.load(file, weights_only=False)
+
+    return save
+
+
+@pytest.mark.parametrize("name", ["EmbeddingNet", "EmbeddingNetL2"])
+def test_embedding_nets_saved_whole_by_the_original_load_and_run(saved_by_the_original, name):
+    weights, net = saved_by_the_original(lambda original: getattr(original, name)())
+    ours = getattr(networks, name)()
+    assert type(net) is type(ours)
+    ours.load_state_dict(weights)
+    x = torch.rand(3, 1, 28, 28)
+    for each in (net, pickle.loads(pickle.dumps(net)), copy.deepcopy(net).train()):
+        torch.testing.assert_close(each(x), ours(x))
+    assert net(torch.rand(3, 1, 40, 33)).shape == (3, 2)
+    assert (net.embedding_dim, ClassificationNet(net, 4).fc1.in_features) == (2, 2)
+
+
+def test_wrappers_saved_whole_by_the_original_load_and_run(saved_by_the_original):
+    x = torch.rand(3, 4, 1, 28, 28)
+    for name, inputs in (("SiameseNet", x[:2]), ("TripletNet", x)):
+        _, model = saved_by_the_original(lambda original, name=name: getattr(original, name)(original.EmbeddingNet()))
+        assert type(model) is getattr(networks, name)
+        for output, given in zip(model(*inputs), inputs):
+            torch.testing.assert_close(output, model.get_embedding(given))
+    weights, model = saved_by_the_original(lambda original: original.ClassificationNet(original.EmbeddingNet(), 10))
+    ours = ClassificationNet(EmbeddingNet(), 10)
+    ours.load_state_dict(weights)
+    torch.testing.assert_close(model(x[0]), ours(x[0]))
+    torch.testing.assert_close(model.get_embedding(x[0]), ours.get_embedding(x[0]))
+
+
+# --- wrapped networks
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "compile": lambda net: torch.compile(net, backend="eager"),
+    "Chunked": lambda net: Chunked(net, 4),
+    "several": lambda net: nn.DataParallel(Chunked(torch.compile(net, backend="eager"), 4)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_classifier_finds_the_embedding_dim_of_a_wrapped_network(wrap):
+    for net in (EmbeddingNet(64), ConvNet4(64)):
+        assert ClassificationNet(wrap(net), 10).fc1.in_features == 64
+    assert ClassificationNet(wrap(EmbeddingNet(64)), 10)(torch.rand(6, 1, 28, 28)).shape == (6, 10)
 
 
 # --- ConvNet4

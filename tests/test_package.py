@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["datasets", "losses", "metrics", "networks", "plots", "trainer", "utils"]
+MODULES = [
+    "checkpoints", "datasets", "demo_data", "evaluation", "losses", "metrics", "networks", "plots", "trainer", "utils",
+]  # fmt: skip
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
 
 
 def run(*command, **options):

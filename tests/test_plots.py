@@ -9,7 +9,8 @@ import torch
 from matplotlib.colors import to_rgba
 from PIL import Image
 
-from metrics import EmbeddingMetric, verification
+from evaluation import verification
+from metrics import EmbeddingMetric
 from plots import compare_embeddings, embedding_movie, plot_embeddings, plot_neighbors, plot_roc
 
 

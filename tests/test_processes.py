@@ -12,7 +12,7 @@ from losses import BatchAllTripletLoss, GlobalBatchLoss, OnlineTripletLoss
 from utils import RandomNegativeTripletSelector
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)])
 def of_processes(request, tmp_path_factory):
     """What each of 2 and of 4 processes returned."""
     folder = tmp_path_factory.mktemp("processes")
@@ -25,6 +25,9 @@ def of_processes(request, tmp_path_factory):
     ]
     assert [process.wait(timeout=300) for process in running] == [0] * request.param
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+
+
+pytestmark = pytest.mark.xdist_group("processes")  # one process of pytest sets them up, for all
 
 
 def distance(weights, others):
@@ -65,6 +68,10 @@ def test_processes_resume_from_one_file(of_processes):
     assert len(results["whole"]["losses"]) == 8
 
 
+def test_the_first_process_ends_the_training_of_all(of_processes):
+    assert [results["n_epochs"] for results in of_processes] == [2] * len(of_processes)
+
+
 def test_embeddings_of_different_widths_are_an_error(of_processes):
     assert all("one D in all processes" in results["message"] for results in of_processes)
 
@@ -102,9 +109,60 @@ def test_global_loss_resumes_its_draws():
     assert other(embeddings, labels) == loss_fn(embeddings, labels)
 
 
-def test_global_loss_passes_on_what_fit_asks_a_loss_for():
-    loss_fn = GlobalBatchLoss(OnlineTripletLoss(1.0, RandomNegativeTripletSelector(1.0)))
-    assert (loss_fn.n_selected, loss_fn.average) == (None, "active")
-    loss_fn(torch.randn(12, 3), torch.arange(12) % 3)
-    assert loss_fn.n_selected == loss_fn.loss_fn.n_selected > 0
-    assert GlobalBatchLoss(BatchAllTripletLoss(1.0, average="all")).average == "all"
+KILLED = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)  # no threads yet, so that this process may be copied
+import processes
+
+folder, n_processes, n_epochs = sys.argv[1], 2, 100
+
+def start(name, turn):
+    children = []
+    for rank in range(n_processes):
+        pid = os.fork()
+        if pid == 0:
+            store = f"file://{folder}/store-{name}-{turn}"
+            torch.distributed.init_process_group("gloo", store, rank=rank, world_size=n_processes)
+            result = processes.resume(rank, n_processes, f"{folder}/{name}", n_epochs)
+            torch.save(result, f"{folder}/{name}-{rank}.result")
+            os._exit(0)
+        children.append(pid)
+    return children
+
+def wait(children):
+    return [os.waitpid(pid, 0)[1] for pid in children]
+
+path = f"{folder}/run"
+
+def change():
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+
+assert wait(start("whole", 0)) == [0, 0]
+moments = random.Random(3)
+for turn in range(5):
+    before, began = change(), time.perf_counter()
+    children = start("run", turn)
+    while change() == before and time.perf_counter() - began < 60:  # an epoch more, and a part of another
+        time.sleep(0.001)
+    time.sleep(moments.uniform(0, 0.1))
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    wait(children)
+    print("killed after", torch.load(path, weights_only=True)["history"][-1]["epoch"])
+assert wait(start("run", 5)) == [0, 0]
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_killed_five_times_end_bit_identical(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"TQDM_DISABLE": "1"}
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("killed after") == 5
+    for rank in range(2):
+        results = [torch.load(tmp_path / f"{name}-{rank}.result", weights_only=True) for name in ("run", "whole")]
+        assert distance(*results) == 0
+        assert len(results[0]["losses"]) == 200

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import BalancedBatchSampler, SiameseDataset, TripletDataset
+from evaluation import evaluate_embeddings, few_shot_accuracy, knn_predict, verification
 from losses import BatchAllTripletLoss, OnlineContrastiveLoss, OnlineTripletLoss
-from metrics import evaluate_embeddings, few_shot_accuracy, knn_predict, verification
 from utils import (
     AllPositivePairSelector,
     AllTripletSelector,

@@ -1,4 +1,4 @@
-"""The experiments' results: run from the notebooks' cells, kept in results/, shown in the README."""
+"""The experiments' results: run from the notebooks' cells, kept in results/, shown in README.md and docs/results.md."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reproduce
-from test_datasets import write_characters, write_idx, write_runs
+from test_demo_data import write_characters, write_idx, write_runs
 
 SETTINGS = {"seed": 0, "epochs": reproduce.EPOCHS, "n_train": 60_000}
 
@@ -43,12 +43,20 @@ def keep(path, metrics, **settings):
     path.write_text(json.dumps({"settings": SETTINGS | settings, "metrics": metrics, "history": []}))
 
 
-def test_summary_and_readme_agree_with_the_results():
+def test_summary_and_pages_agree_with_the_results():
     assert json.loads((reproduce.RESULTS / "summary.json").read_text()) == reproduce.summary()
-    text = reproduce.README.read_text()
-    assert reproduce.with_tables(text, reproduce.summary()) == text
+    texts = [page.read_text() for page in reproduce.PAGES]
+    assert [reproduce.with_tables(text, reproduce.summary()) for text in texts] == texts
     for name in reproduce.tables_of(reproduce.summary()):
-        assert f"<!-- {name} -->" in text
+        assert sum(f"<!-- {name} -->" in text for text in texts) == 1
+
+
+def test_cells_of_the_short_table_are_those_of_the_whole():
+    tables = reproduce.tables_of(reproduce.summary())
+    whole = [line.split(" | ") for line in tables["results mnist"].splitlines()]
+    columns = [0, *(whole[0].index(name) for name in ("5-nn", "MAP@R", "EER"))]
+    for short, row in zip(tables["results short"].splitlines(), whole, strict=True):
+        assert short.strip(" |").split(" | ") == [row[i].strip(" |") for i in columns if row[i].strip(" |")]
 
 
 def test_every_result_is_of_all_data_and_epochs():
@@ -103,6 +111,7 @@ def test_a_run_that_was_stopped_while_it_wrote_is_not_taken(tmp_path):
     assert not reproduce.is_wanted(tmp_path / "softmax.json", "mnist", 0)
 
 
+@pytest.mark.slow
 def test_experiment_is_run_from_the_notebooks_cells(tmp_path, monkeypatch, made_up_fashion):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(reproduce, "RUNS", reproduce.ROOT / "runs" / "test")
@@ -131,6 +140,7 @@ def run_notebook(name, monkeypatch, **variables):
             exec("".join(cell["source"]), namespace)
 
 
+@pytest.mark.slow
 def test_fashion_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, made_up_fashion):
     run_notebook("Experiments_FashionMNIST.ipynb", monkeypatch, DATA_ROOT=made_up_fashion, RUN_DIR=tmp_path, EPOCHS=1)
     made = {path.name for path in tmp_path.iterdir()}
@@ -138,6 +148,7 @@ def test_fashion_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, made_up
     assert {"fashion_neighbors.png", "fashion_tsne.png", "fashion_roc.png"} <= made
 
 
+@pytest.mark.slow
 def test_omniglot_notebook_runs_on_made_up_characters(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "omniglot"
     rng = np.random.default_rng(0)
@@ -161,6 +172,7 @@ def test_omniglot_notebook_runs_on_made_up_characters(tmp_path, monkeypatch, cap
     assert "40 questions" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_omniglot_notebook_takes_a_minute_on_the_first_alphabets(tmp_path, monkeypatch):
     root = os.environ.get("DATA_ROOT", "data")
     if not (Path(root) / "omniglot" / "all_runs.zip").exists():

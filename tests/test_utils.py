@@ -212,7 +212,7 @@ def test_pdist_equals_loops(B, D, dtype):
 
 
 @each_half
-def test_pdist_of_half_precision_is_float32_D9_D20(dtype):
+def test_pdist_of_half_precision_is_float32(dtype):
     vectors = (torch.randn(12, 8) * 300).to(dtype)  # the squares overflow float16
     assert pdist(vectors).dtype == torch.float32
     torch.testing.assert_close(pdist(vectors), pdist(vectors.float()), rtol=0, atol=0)
@@ -220,7 +220,7 @@ def test_pdist_of_half_precision_is_float32_D9_D20(dtype):
 
 @pytest.mark.parametrize("D", [2, 64])
 @pytest.mark.parametrize("seed", range(3))
-def test_pdist_far_from_the_origin_D19(D, seed):
+def test_pdist_far_from_the_origin(D, seed):
     vectors = torch.randn(30, D, generator=torch.Generator().manual_seed(seed)) + 1e4
     distances = pdist(vectors)
     assert distances.min() >= 0
@@ -235,7 +235,7 @@ def test_pdist_far_from_the_origin_D19(D, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("D", [2, 200])
-def test_pdist_of_near_points_is_never_negative_nor_is_its_diagonal_above_zero_D19(D, dtype):
+def test_pdist_of_near_points_is_never_negative_nor_is_its_diagonal_above_zero(D, dtype):
     for scale in (1.0, 1e4):
         vectors = (torch.randn(D, dtype=dtype) + torch.randn(40, D, dtype=dtype) * 1e-9) * scale
         distances = pdist(vectors)
@@ -243,7 +243,7 @@ def test_pdist_of_near_points_is_never_negative_nor_is_its_diagonal_above_zero_D
         assert distances.diagonal().count_nonzero() == 0
 
 
-def test_pdist_resolves_a_millionth_of_the_spread_D19():
+def test_pdist_resolves_a_millionth_of_the_spread():
     points, steps = torch.nn.functional.normalize(torch.randn(2, 30, 1024, dtype=torch.float64), dim=2)
     distances = pdist(torch.cat((points, points + 1e-6 * steps)))[:30, 30:].diagonal()
     assert distances.tolist() == pytest.approx([1e-12] * 30, rel=0.1)
@@ -279,14 +279,14 @@ def test_pdist_refuses_other_shapes(vectors, got):
 
 
 @each_batch
-def test_all_pairs_equal_loops_D8(labels):
+def test_all_pairs_equal_loops(labels):
     for embeddings in embeddings_for(labels):
         positive, negative = AllPositivePairSelector(balance=False).get_pairs(embeddings, torch.tensor(labels))
         assert (rows_of(positive), rows_of(negative)) == naive_pairs(labels)
 
 
 @each_batch
-def test_balanced_pairs_are_a_sample_of_as_many_D24(labels):
+def test_balanced_pairs_are_a_sample_of_as_many(labels):
     expected_positive, all_negative = naive_pairs(labels)
     for embeddings in embeddings_for(labels):
         positive, negative = AllPositivePairSelector().get_pairs(embeddings, labels)
@@ -295,7 +295,7 @@ def test_balanced_pairs_are_a_sample_of_as_many_D24(labels):
         assert len(negative) == min(len(expected_positive), len(all_negative))
 
 
-def test_balanced_pairs_with_few_negatives_are_all_of_them_D24():
+def test_balanced_pairs_with_few_negatives_are_all_of_them():
     positive, negative = AllPositivePairSelector(balance=True).get_pairs(torch.zeros(5, 2), [0, 0, 0, 0, 1])
     assert len(positive) == 6
     assert rows_of(negative) == {(0, 4), (1, 4), (2, 4), (3, 4)}
@@ -309,7 +309,7 @@ def test_balanced_pairs_are_uniform():
 
 
 @each_batch
-def test_hard_negative_pairs_equal_loops_D6_D8(labels):
+def test_hard_negative_pairs_equal_loops(labels):
     expected_positive, all_negative = naive_pairs(labels)
     for embeddings in embeddings_for(labels):
         points = embeddings.tolist()
@@ -323,7 +323,7 @@ def test_hard_negative_pairs_equal_loops_D6_D8(labels):
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0], [0, 0]])
-def test_hard_pairs_with_few_negatives_are_all_of_them_D6(labels):
+def test_hard_pairs_with_few_negatives_are_all_of_them(labels):
     positive, negative = HardNegativePairSelector().get_pairs(torch.randn(len(labels), 2), labels)
     assert len(negative) <= len(positive)
     assert (rows_of(positive), rows_of(negative)) == naive_pairs(labels)
@@ -334,7 +334,7 @@ def test_hard_pairs_with_few_negatives_are_all_of_them_D6(labels):
 
 @each_batch
 @pytest.mark.parametrize("both_directions", [False, True])
-def test_all_triplets_equal_loops_D16(labels, both_directions):
+def test_all_triplets_equal_loops(labels, both_directions):
     for embeddings in embeddings_for(labels, n_seeds=1):
         expected = set()
         for (a, p), (_, distances) in naive_negatives(embeddings, labels, both_directions=both_directions).items():
@@ -350,7 +350,7 @@ def test_all_triplets_of_ten_classes_of_sixteen():
 
 
 @each_batch
-def test_batch_hard_equals_loops_D13_D17_D18(labels):
+def test_batch_hard_equals_loops(labels):
     for embeddings in embeddings_for(labels):
         triplets = BatchHardTripletSelector().get_triplets(embeddings, torch.tensor(labels))
         assert rows_of(triplets) == naive_batch_hard(embeddings, labels)
@@ -358,7 +358,7 @@ def test_batch_hard_equals_loops_D13_D17_D18(labels):
 
 @each_batch
 @each_geometry
-def test_hardest_negatives_equal_loops_D13_D17_D18(labels, squared, both_directions):
+def test_hardest_negatives_equal_loops(labels, squared, both_directions):
     for embeddings in embeddings_for(labels):
         for margin in (0.0, 0.5, 2.0, 50.0):
             selector = HardestNegativeTripletSelector(margin, squared=squared, both_directions=both_directions)
@@ -369,7 +369,7 @@ def test_hardest_negatives_equal_loops_D13_D17_D18(labels, squared, both_directi
 @each_batch
 @each_geometry
 @pytest.mark.parametrize("semihard", [False, True], ids=["random", "semihard"])
-def test_drawn_negatives_are_candidates_of_loops_D13_D17_D18(labels, squared, both_directions, semihard):
+def test_drawn_negatives_are_candidates_of_loops(labels, squared, both_directions, semihard):
     strategy = SemihardNegativeTripletSelector if semihard else RandomNegativeTripletSelector
     for embeddings in embeddings_for(labels):
         for margin in (0.0, 0.5, 2.0, 50.0):
@@ -391,7 +391,7 @@ def test_every_candidate_is_drawn():
 
 
 @pytest.mark.parametrize("make", [HardestNegativeTripletSelector, RandomNegativeTripletSelector])
-def test_both_directions_doubles_the_pairs_D16(make):
+def test_both_directions_doubles_the_pairs(make):
     embeddings, labels = torch.randn(12, 2), LABELS["balanced"]
     one = rows_of(make(100.0).get_triplets(embeddings, labels)[:, :2])
     both = rows_of(make(100.0, both_directions=True).get_triplets(embeddings, labels)[:, :2])
@@ -401,7 +401,7 @@ def test_both_directions_doubles_the_pairs_D16(make):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("offset", [0, 300])
-def test_triplets_in_other_precisions_equal_loops_D9_D20(dtype, offset):
+def test_triplets_in_other_precisions_equal_loops(dtype, offset):
     labels = LABELS["shuffled_noncontiguous"]
     for embeddings in embeddings_for(labels):
         if dtype == torch.float64 and embeddings.shape[1] == 2:
@@ -421,7 +421,7 @@ def test_triplets_in_other_precisions_equal_loops_D9_D20(dtype, offset):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("offset", [0, 300])
-def test_hard_pairs_in_other_precisions_equal_loops_D9_D20(dtype, offset):
+def test_hard_pairs_in_other_precisions_equal_loops(dtype, offset):
     labels = LABELS["shuffled_noncontiguous"]
     for embeddings in embeddings_for(labels):
         points = (embeddings * 6 + offset).to(dtype)
@@ -538,7 +538,7 @@ def test_other_selectors_draw_nothing(name):
 
 @each_selector
 @each_batch_without_triplets
-def test_results_without_candidates_are_empty_D8_D13_D17_D18_D21(make, labels):
+def test_results_without_candidates_are_empty(make, labels):
     embeddings = torch.randn(len(labels), 3)
     for indices in select(make(), embeddings, torch.tensor(labels, dtype=torch.int64)):
         assert indices.dtype == torch.int64
@@ -552,7 +552,7 @@ def test_results_without_candidates_are_empty_D8_D13_D17_D18_D21(make, labels):
 @pytest.mark.parametrize(
     ("labels", "n_positive", "n_negative"), [([0], 0, 0), ([0, 0], 1, 0), ([0, 1], 0, 1), ([], 0, 0)]
 )
-def test_pairs_of_tiny_batches_D8_D13_D17_D18(labels, n_positive, n_negative):
+def test_pairs_of_tiny_batches(labels, n_positive, n_negative):
     embeddings = torch.randn(len(labels), 2)
     positive, negative = AllPositivePairSelector(balance=False).get_pairs(embeddings, labels)
     assert (positive.shape, negative.shape) == ((n_positive, 2), (n_negative, 2))
@@ -562,7 +562,7 @@ def test_pairs_of_tiny_batches_D8_D13_D17_D18(labels, n_positive, n_negative):
 
 
 @pytest.mark.parametrize("name", ["hardest", "random", "semihard", "function"])
-def test_separated_classes_give_no_triplet_D21(name):
+def test_separated_classes_give_no_triplet(name):
     embeddings = torch.tensor([[0.0], [0.1], [50.0], [50.1]])
     triplets = SELECTORS[name]().get_triplets(embeddings, [0, 0, 1, 1])
     assert triplets.shape == (0, 3)
@@ -571,7 +571,7 @@ def test_separated_classes_give_no_triplet_D21(name):
 
 @pytest.mark.parametrize("D", [1, 2, 3, 7, 64, 130, 4096])
 @pytest.mark.parametrize("n_places", [1, 2])
-def test_collapsed_batch_has_no_semihard_negative_D21_D22(D, n_places):
+def test_collapsed_batch_has_no_semihard_negative(D, n_places):
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
         places = torch.randn(n_places, D, generator=generator) * 100
@@ -583,7 +583,7 @@ def test_collapsed_batch_has_no_semihard_negative_D21_D22(D, n_places):
 
 @pytest.mark.parametrize("strategy", [HardestNegativeTripletSelector, RandomNegativeTripletSelector])
 @pytest.mark.parametrize("D", [2, 64])
-def test_collapsed_batch_has_hard_negatives_for_every_pair_D22(strategy, D):
+def test_collapsed_batch_has_hard_negatives_for_every_pair(strategy, D):
     embeddings = torch.randn(1, D).repeat(12, 1)
     triplets = strategy(0.2).get_triplets(embeddings, LABELS["balanced"])
     assert rows_of(triplets[:, :2]) == naive_pairs(LABELS["balanced"])[0]
@@ -592,7 +592,7 @@ def test_collapsed_batch_has_hard_negatives_for_every_pair_D22(strategy, D):
 @each_selector
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
 @pytest.mark.parametrize("n_bad", [1, 6, 12])
-def test_overflow_and_nan_make_up_no_triplet_D21(make, value, n_bad):
+def test_overflow_and_nan_make_up_no_triplet(make, value, n_bad):
     embeddings, labels = torch.randn(12, 2), LABELS["balanced"]
     embeddings[:n_bad] *= value
     for indices in select(make(), embeddings, labels):
@@ -604,7 +604,7 @@ def test_overflow_and_nan_make_up_no_triplet_D21(make, value, n_bad):
 
 @pytest.mark.parametrize("name", ["batch_hard", "hardest", "random", "semihard", "function"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_distances_that_are_not_numbers_select_no_triplet_D21(name, value):
+def test_distances_that_are_not_numbers_select_no_triplet(name, value):
     embeddings = torch.randn(12, 2)
     embeddings[5] = value  # the mean of the batch too, so that no distance is a number
     triplets = SELECTORS[name]().get_triplets(embeddings, LABELS["balanced"])
@@ -626,7 +626,7 @@ def test_batch_hard_takes_positives_that_coincide_or_nearly():
 
 
 @each_selector
-def test_selectors_can_be_pickled_D22(make):
+def test_selectors_can_be_pickled(make):
     embeddings, labels = torch.randn(12, 2), LABELS["balanced"]
     selector = make()
     results = []
@@ -636,7 +636,7 @@ def test_selectors_can_be_pickled_D22(make):
     assert results[0] == results[1]
 
 
-def test_semihard_function_can_be_pickled_D22():
+def test_semihard_function_can_be_pickled():
     selector = FunctionNegativeTripletSelector(1.0, functools.partial(semihard_negative, margin=1.0))
     copy = pickle.loads(pickle.dumps(selector))
     embeddings = torch.tensor([[0.0], [1.0], [1.25]])
@@ -655,7 +655,7 @@ def test_semihard_function_can_be_pickled_D22():
     ],
     ids=["list", "array", "column_array", "column_tensor", "int32"],
 )
-def test_labels_of_every_form_D25(make, convert):
+def test_labels_of_every_form(make, convert):
     embeddings, labels = torch.randn(12, 2), LABELS["unbalanced"]
     results = []
     for form in (torch.tensor(labels), convert(labels)):
@@ -779,13 +779,13 @@ def count_calls(selector, embeddings, labels):
 
 
 @pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"function"}))
-def test_selection_makes_no_call_per_pair_D27(name):
+def test_selection_makes_no_call_per_pair(name):
     small, large = (count_calls(SELECTORS[name](), torch.randn(B, 4), [i % 10 for i in range(B)]) for B in (50, 250))
     assert 0 < large <= small + 5
 
 
 @pytest.mark.parametrize("name", ["hard_pairs", "batch_hard", "hardest", "random", "semihard"])
-def test_large_batches_are_selected_from_D27(name):
+def test_large_batches_are_selected_from(name):
     embeddings, labels = torch.randn(2048, 8), torch.arange(2048) % 256
     indices = select(SELECTORS[name](), embeddings, labels)[-1]
     assert len(indices) > 0
@@ -937,7 +937,7 @@ def test_golden_draws(golden, name, strategy):
 @pytest.mark.gpu
 @each_selector
 @each_batch
-def test_indices_are_on_the_gpu_D15(make, labels):
+def test_indices_are_on_the_gpu(make, labels):
     embeddings = torch.randn(len(labels), 3, device="cuda")
     for form in (labels, torch.tensor(labels, dtype=torch.int64), torch.tensor(labels, device="cuda")):
         for indices in select(make(), embeddings, form):
@@ -947,7 +947,7 @@ def test_indices_are_on_the_gpu_D15(make, labels):
 
 @pytest.mark.gpu
 @each_cpu
-def test_indices_of_cpu_selection_are_on_the_gpu_D15(make):
+def test_indices_of_cpu_selection_are_on_the_gpu(make):
     embeddings, labels = torch.randn(12, 3, device="cuda"), LABELS["balanced"]
     for indices in select(make(cpu=True), embeddings, labels):
         assert indices.device == embeddings.device
@@ -955,7 +955,7 @@ def test_indices_of_cpu_selection_are_on_the_gpu_D15(make):
 
 @pytest.mark.gpu
 @each_batch
-def test_selection_on_the_gpu_equals_loops_D15(labels):
+def test_selection_on_the_gpu_equals_loops(labels):
     for embeddings in embeddings_for(labels):
         on_gpu = embeddings.cuda()
         assert rows_of(HardestNegativeTripletSelector(0.5).get_triplets(on_gpu, labels)) == naive_hardest(
