@@ -87,10 +87,12 @@ class EmbeddingNet(nn.Module):
     @property
     def embedding_dim(self) -> int | None:
         """D: what was assigned, else the width of the last dense layer; None where there is none."""
-        return vars(self).get("embedding_dim", _width_of_last_linear(self.fc))
+        if "embedding_dim" in vars(self):
+            return vars(self)["embedding_dim"]
+        return _width_of_last_linear(getattr(self, "fc", self))
 
     @embedding_dim.setter
-    def embedding_dim(self, value):
+    def embedding_dim(self, value: int | None) -> None:
         vars(self)["embedding_dim"] = value
 
 
@@ -347,11 +349,11 @@ class Chunked(nn.Module):
         contexts = contextlib.nullcontext(), _Snapshot(self, copies)
         return checkpoint(run, *leaves, use_reentrant=False, context_fn=lambda: contexts)
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The state dict of `net`."""
         return self.net.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Load a state dict of `net`."""
         return self.net.load_state_dict(state_dict, *args, **kwargs)
 

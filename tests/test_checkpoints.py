@@ -525,7 +525,7 @@ PLATEAU = {"scheduler_class": ReduceLROnPlateau}
     ("first", "second", "message"),
     [
         ({}, {"scheduler_options": {"T_max": 6}}, "scheduler T_max: 2, here: 6"),
-        ({}, {"scheduler_options": {"T_max": 2, "eta_min": 1e-4}}, r"scheduler eta_min: 0.0, here: 0.0001"),
+        ({}, {"scheduler_options": {"T_max": 2, "eta_min": 1e-4}}, r"scheduler eta_min: 0(.0)?, here: 0.0001"),
         ({}, {"lr": 0.02}, "optimizer 0 initial_lr: 0.01, here: 0.02"),
         ({"scheduler_class": None}, {"scheduler_class": None, "lr": 0.005}, "optimizer 0 lr: 0.01, here: 0.005"),
         ({}, {"weight_decay": 1e-4}, "optimizer 0 weight_decay: 0, here: 0.0001"),
@@ -694,7 +694,9 @@ def test_generators_of_any_kind_are_kept(tmp_path, generator):
     assert [draw(), draw()] == expected
 
 
-@pytest.mark.parametrize("generator", [random.SystemRandom(), 3, None, "seed", torch.rand], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "generator", [random.SystemRandom(), 3, None, "seed", torch.rand], ids=lambda x: type(x).__name__
+)
 def test_what_is_no_generator_is_an_error(tmp_path, generator):
     with pytest.raises(TypeError, match=r"expected generators of torch\.Generator"):
         Checkpoint(tmp_path / "run.pt", generators=[generator])
@@ -727,6 +729,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", WRAPPED)
 @pytest.mark.parametrize("first", ["plain", "all of them", "chunked"])
 def test_a_checkpoint_is_the_same_in_any_wrapper(tmp_path, first, second):

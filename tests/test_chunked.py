@@ -251,6 +251,15 @@ class Recurrent(nn.Module):
         return output
 
 
+class RecurrentInPlace(Recurrent):
+    """Changes its buffer."""
+
+    def forward(self, x):
+        output = self.linear(x) + self.state
+        self.state.copy_(output.detach().mean(dim=0))
+        return output.tanh()
+
+
 class Centred(nn.Module):
     """Finds its buffer's value in the first pass."""
 
@@ -273,6 +282,7 @@ MAKE_NETS_WITH_BUFFERS = {
     "frozen batch norm": lambda: make_norm_net().eval(),
     "spectral norm": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3)), nn.Tanh()),
     "recurrent": Recurrent,
+    "recurrent in place": RecurrentInPlace,
     "centred": Centred,
 }
 

@@ -596,6 +596,7 @@ def worker_epochs(data, n_workers, seed, n_epochs=2, persistent_workers=False):
     return [{x[0]: x[1:] for xs, _ in loader for x in torch.stack(xs, dim=1).tolist()} for _ in range(n_epochs)]
 
 
+@pytest.mark.slow
 @starts_workers
 @both_wrappers
 def test_draws_do_not_depend_on_the_number_of_workers(wrapper):
@@ -684,6 +685,7 @@ def test_copies_of_wrappers_draw_like_the_original(copied, wrapper, train):
     assert (contents(dataset) != expected) == train
 
 
+@pytest.mark.slow
 @starts_workers
 @any_copy
 def test_copies_of_wrappers_draw_afresh_in_persistent_workers(copied):
@@ -712,6 +714,7 @@ class MadeInWorker(Dataset):
         return self.own[i]
 
 
+@pytest.mark.slow
 @starts_workers
 @pytest.mark.parametrize("is_copy", [True, False])
 def test_wrappers_made_or_copied_in_workers_draw_afresh_each_epoch(is_copy):

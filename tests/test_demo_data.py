@@ -558,6 +558,7 @@ def shrink_entry(path, member, size):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 @pytest.mark.parametrize("told", [100, None])
 def test_one_shot_runs_unpack_no_large_file_whatever_its_entry_says(tmp_path, method, told):

@@ -43,6 +43,7 @@ def numbers(text):
     return set(re.findall(r"\d+(?:[.,]\d+)*", text))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are using `torch.load`")  # torch 2.4's own torch.export.load does
 @pytest.mark.parametrize("page", GUIDES)
 def test_code_of_a_guide_runs_as_printed(page, tmp_path, monkeypatch):
@@ -62,10 +63,12 @@ def test_guide_opens_with_the_code_that_answers_its_question(page):
     assert rest.lstrip().startswith("```")
 
 
-def test_readme_is_short_and_begins_with_code():
+def test_readme_is_short_and_begins_with_the_two_commands_and_code():
     lines = README.read_text().splitlines()
     assert len(lines) <= 150
-    assert lines.index("```python") < 20
+    first = lines.index("```") + 1
+    assert [line.split("  ")[0] for line in lines[first : first + 2]] == ["make experiments", "make test"]
+    assert first < lines.index("```python") < 25
 
 
 def test_readme_leads_to_every_guide():

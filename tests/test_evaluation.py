@@ -368,6 +368,7 @@ def test_retrieval_of_a_collapsed_embedding_is_chance(seed):
         assert values["knn5"] == close_to(0.25, 0.01)
 
 
+@pytest.mark.slow
 def test_retrieval_in_several_chunks_equals_numpy():
     x, labels = torch.randint(12, (2500, 3)), (torch.rand(2500) ** 3 * 60).long()
     labels[:3] = torch.tensor([-1, -2, -3])
@@ -376,6 +377,7 @@ def test_retrieval_in_several_chunks_equals_numpy():
     assert evaluate_embeddings(x, labels) == close_to(expected)
 
 
+@pytest.mark.slow
 def test_neighbours_in_several_chunks_equal_numpy():
     x, labels = torch.randint(12, (2500, 3)), (torch.rand(2500) ** 3 * 60).long()
     queries, query_labels = torch.randint(12, (2500, 3)), torch.arange(2500) % 70
@@ -578,6 +580,7 @@ def test_verification_equals_scikit_learn(make, seed):
         assert values[f"tar@far={limit:g}"] == close_to(tar[far <= limit].max())
 
 
+@pytest.mark.slow
 def test_verification_in_several_chunks_equals_scikit_learn():
     x, labels = torch.randint(15, (2100, 2)), (torch.rand(2100) ** 2 * 9).long()
     distances, is_same = pairs_of(x, labels)

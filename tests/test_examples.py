@@ -76,6 +76,7 @@ def backbone():
     return runpy.run_path(str(EXAMPLE))["backbone"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", "vit_b_32"])
 def test_backbones_end_in_the_embedding(backbone, name):
     with torch.device("meta"):  # shapes alone

@@ -714,6 +714,7 @@ def test_nested_outputs_come_in_float32_too():
 # --- memory
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps():
     batch = torch.rand(4, 5), torch.arange(4) % 2
 

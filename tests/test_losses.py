@@ -898,6 +898,7 @@ def test_batch_all_of_what_is_not_finite_is_nan(bad):
     assert math.isnan(BatchAllTripletLoss(1.0)(embeddings, torch.arange(6) % 2)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.4 does so itself, as it compiles
 def test_batch_all_compiles_to_one_graph():
     labels = torch.arange(12) % 3

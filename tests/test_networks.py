@@ -471,16 +471,11 @@ def test_a_network_of_another_output_runs_one_by_one_after_one_try_without_trace
     assert_as_one_by_one(Noisy(finish), *inputs, n_superfluous=1, wrapper=wrapper)
 
 
-@pytest.mark.parametrize("n_outputs", [0, 1])
-@pytest.mark.parametrize(
-    ("L", "B", "n_superfluous"), [(3, 4, 1), (5, 3, 1), (2, 4, 0), (3, 6, 0), (2, 3, 1), (1, 2, 0)]
-)
-def test_time_first_inputs_run_one_by_one_also_where_the_output_looks_right(L, B, n_superfluous, n_outputs):
-    def finish(self, x):
-        return x if n_outputs == 0 else (x, x)
-
-    net = Noisy(finish, read=last_state, gru=nn.GRU(5, 5))
-    assert_as_one_by_one(net, *torch.rand(2, L, B, 5), n_superfluous=n_superfluous)
+@pytest.mark.parametrize(("L", "B"), [(3, 4), (5, 3), (2, 4), (3, 6), (2, 3), (1, 2)])
+def test_time_first_inputs_run_one_by_one_also_where_the_output_looks_right(L, B):
+    looks_right = 2 * L == B
+    net = Noisy(read=last_state, gru=nn.GRU(5, 5))
+    assert_as_one_by_one(net, *torch.rand(2, L, B, 5), n_superfluous=0 if looks_right else 1)
 
 
 def test_embeddings_of_a_batch_whose_shape_is_ambiguous_do_not_depend_on_earlier_batches():

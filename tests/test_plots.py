@@ -26,6 +26,7 @@ def points(n, n_classes, scale=1.0):
     return (scale * rng.standard_normal((n, 2))).astype(np.float32), np.arange(n) % n_classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_classes", [1, 3, 10, 11, 37])
 @pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
 def test_every_class_is_drawn_in_a_colour_of_its_own(n_classes, kind):
@@ -131,6 +132,7 @@ def as_leaf(array):
     return torch.tensor(array, requires_grad=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [np.asarray, torch.tensor, as_leaf, list], ids=["array", "tensor", "leaf", "list"])
 @pytest.mark.parametrize("shape", [(1, 6, 7), (6, 7), (3, 6, 7)], ids=str)
 def test_neighbors_stand_behind_their_query_nearest_first(shape, kind):
@@ -185,6 +187,7 @@ def test_neighbors_of_any_number_are_drawn(n, k):
     assert all(len(ax.images) == 1 for ax in figure.axes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 6, 7), (3, 6, 7)], ids=str)
 @pytest.mark.parametrize("value", [0, -3.0, 255])
 def test_neighbors_may_be_constant_images(shape, value):
@@ -195,6 +198,7 @@ def test_neighbors_may_be_constant_images(shape, value):
         assert not drawn_image(ax).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 6), (1, 6, 1), (1, 6), (3, 1, 6), (3, 6, 1)], ids=str)
 def test_neighbors_may_be_one_pixel_high_or_wide(shape):
     figure = neighbors_figure(*shape)
@@ -290,6 +294,7 @@ def test_embeddings_in_half_precision_and_labels_of_any_kind_are_drawn():
     assert len(compare_embeddings({"a": (embeddings, labels)}).axes[0].collections) == 3
 
 
+@pytest.mark.slow
 def test_movie_has_a_picture_for_each_frame_on_the_same_axes(tmp_path, monkeypatch):
     seen = []
 
@@ -318,6 +323,7 @@ def test_movie_has_a_picture_for_each_frame_on_the_same_axes(tmp_path, monkeypat
     assert plt.get_fignums() == []
 
 
+@pytest.mark.slow
 def test_movie_of_one_point(tmp_path):
     embedding_movie([(np.zeros((3, 2)), np.zeros(3))] * 2, tmp_path / "movie.gif")
     assert (tmp_path / "movie.gif").stat().st_size > 0

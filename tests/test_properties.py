@@ -21,6 +21,8 @@ from utils import (
     pdist,
 )
 
+pytestmark = pytest.mark.slow
+
 for_any = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
 

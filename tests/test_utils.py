@@ -366,6 +366,7 @@ def test_hardest_negatives_equal_loops(labels, squared, both_directions):
             assert rows_of(triplets) == naive_hardest(embeddings, labels, margin, squared, both_directions)
 
 
+@pytest.mark.slow
 @each_batch
 @each_geometry
 @pytest.mark.parametrize("semihard", [False, True], ids=["random", "semihard"])
@@ -474,6 +475,7 @@ def test_draws_of_one_anchor_are_independent(strategy):
     assert chi_square(count_all(neighbours), n_cells=25) < CRITICAL[24]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [RandomNegativeTripletSelector, SemihardNegativeTripletSelector])
 def test_draws_are_uniform_over_the_calls(strategy):
     embeddings, labels, candidates = coincident_pairs(n_positives=2)
@@ -484,6 +486,7 @@ def test_draws_are_uniform_over_the_calls(strategy):
     assert chi_square(count_all(zip(draws[::2], draws[1::2])), n_cells=25) < CRITICAL[24]
 
 
+@pytest.mark.slow
 def test_semihard_draws_are_uniform_over_those_behind_the_nearer_ones():
     nearer, semihard, farther = [0.1, 0.5, 0.9, 0.3, 0.7], [1.5, 1.1, 2.0, 1.7, 1.3], [3.0, 4.0]
     embeddings = torch.tensor([0.0, 1.0, *nearer, *semihard, *farther])[:, None]
@@ -913,6 +916,7 @@ def test_golden_triplets(golden):
         assert rows_of(selector.get_triplets(embeddings, labels)) == rows_of(golden[name])
 
 
+@pytest.mark.slow
 @each_golden
 @pytest.mark.parametrize(
     ("name", "strategy"), [("random", RandomNegativeTripletSelector), ("semihard", SemihardNegativeTripletSelector)]
