@@ -77,7 +77,7 @@ class Checkpoint:
         self.best = best
         self.mode = mode
         self.generators = list(generators)
-        self._settings: dict[str, Any] | None = None  # of optimiser and scheduler, as the run began
+        self._settings: dict[str, Any] = {}  # of optimiser and scheduler, as the run began
         for generator in self.generators:
             _check_generator(generator)
 
@@ -97,11 +97,11 @@ class Checkpoint:
                 left as it is. A state that could not be read back from a file.
             OSError: the file cannot be written.
         """
-        parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        parts = _with_state(parts)
         own = self._state(parts, [])
         own["settings"] = _settings(own)
         try:
-            content = _of_first(lambda: self.path.read_bytes() if self.path.exists() else None)
+            content = _of_first(lambda: _content(self.path))
             state = own if content is None else _read(content)
             _check(state, own)
         except (ValueError, OSError) as error:
@@ -111,7 +111,7 @@ class Checkpoint:
         self._settings = state["settings"]
         if content is not None:
             for name, part in parts.items():
-                _load(part, state[name])
+                _load(part, state[name], state["wrappers"].get(name, {}))
             self._set_random_states(*state["random"][_rank()])
         return state["history"]
 
@@ -122,9 +122,7 @@ class Checkpoint:
             ValueError: no epoch has a number as its entry `best`. The state is kept all the same.
             OSError: the file cannot be written. The old one stays then, and nothing else is left.
         """
-        parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-        state = self._state(parts, history)  # in all processes: their random states are gathered
-        self._settings = self._settings or _settings(state)
+        state = self._state(_with_state(parts), history)  # in all processes: their random states are gathered
         state["settings"] = self._settings
         content = _as_bytes(state) if _rank() == 0 else b""
         _of_first(lambda: self._write(content, state["history"]))
@@ -134,18 +132,21 @@ class Checkpoint:
             "format": _FORMAT,
             "history": [{key: _plain(value) for key, value in row.items()} for row in history],
             "kinds": {name: _kind(part) for name, part in parts.items()},
+            "shapes": {name: _parameter_shapes(part) for name, part in parts.items()},
+            "wrappers": {name: _state_of_wrappers(part) for name, part in parts.items()},
+            "generators": [_name_of(generator) for generator in self.generators],
             "random": _gathered(self._random_states()),
         }
 
     def _try(self, state):
         """Write the state and read it back: what would fail after an epoch fails before it."""
-        content = _as_bytes(state)
         try:
+            content = _as_bytes(state)
             _read(content)
-        except ValueError as error:
+        except (ValueError, AttributeError, TypeError, RuntimeError, pickle.PicklingError) as error:
             raise ValueError(f"the state of this run cannot be kept in a file: {error}") from error
         with _written_beside(self.path, content) as partial:
-            for other in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
+            for other in self.path.parent.glob(f".{glob.escape(self.path.name[:200])}.*.partial"):
                 if other.stat().st_mtime < partial.stat().st_mtime - 3600:  # of a process that was killed
                     other.unlink()
 
@@ -157,7 +158,7 @@ class Checkpoint:
             _replace(self.path, content)
 
     def _is_best(self, history):
-        if self.best is None:
+        if self.best is None or not history:
             return False
         values = [row.get(self.best) for row in history]
         if not any(isinstance(value, Real) for value in values):
@@ -181,19 +182,36 @@ class Checkpoint:
         return [torch.default_generator, np.random, random, *self.generators]
 
 
+def _with_state(parts):
+    """The parts that have a state; ValueError for a name that the file has for something else."""
+    reserved = {"format", "history", "kinds", "shapes", "wrappers", "generators", "random", "settings"}.intersection(
+        parts
+    )
+    if reserved:
+        raise ValueError(f"expected other names of parts than {', '.join(sorted(reserved))}")
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+
 def _state_of(part):
     """The state dict of a part; that of a module without what wrappers add."""
     state = part.state_dict()
     if not isinstance(part, nn.Module):
-        return state
+        return _without_arrays(state)
     keys = {key: _bare_key(part, key) for key in state}
     return {bare: state[key] for key, bare in keys.items() if bare is not None}
 
 
-def _load(part, state):
+def _state_of_wrappers(part):
+    """What `_state_of` leaves out, such as how many models an AveragedModel is the mean of."""
+    state = part.state_dict() if isinstance(part, nn.Module) else {}
+    return {key: value for key, value in state.items() if _bare_key(part, key) is None}
+
+
+def _load(part, state, state_of_wrappers):
     """Bring a part to a state that `_state_of` gave, perhaps of a part in other wrappers."""
     if isinstance(part, nn.Module):
-        state = {key: state.get(_bare_key(part, key), value) for key, value in part.state_dict().items()}
+        own = part.state_dict() | state_of_wrappers
+        state = {key: state.get(_bare_key(part, key), own[key]) for key in part.state_dict()}
     elif isinstance(part, torch.optim.Optimizer):
         execution = [{key: group[key] for key in _EXECUTION if key in group} for group in part.param_groups]
         state = state | {"param_groups": [group | own for group, own in zip(state["param_groups"], execution)]}
@@ -227,24 +245,30 @@ def _kind(part):
     return type(part).__name__ + (f" of groups of {sizes} parameters" if sizes else "")
 
 
+def _parameter_shapes(part):
+    """Shapes of an optimiser's parameters, group by group: its state goes by their order."""
+    return [[list(x.shape) for x in group["params"]] for group in getattr(part, "param_groups", [])]
+
+
 def _settings(state):
     """Path, such as "scheduler T_max", -> plain value, for the settings in a state; as made, not as scheduled since."""
     settings = {}
     for name, kind in state["kinds"].items():
-        if kind != "module":
+        if kind != "module" and isinstance(state[name], dict):
             settings |= _leaves({name: state[name].get("param_groups", state[name])})
     return settings
 
 
 def _leaves(value, path=""):
     """The plain values in nested dicts and lists, each under its path."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         scheduled = {"lr"} if "initial_lr" in value else set()
         scheduled |= {"momentum", "betas"} if "max_momentum" in value else set()
         items = [(key, x) for key, x in value.items() if key not in (*_PROGRESS, *_EXECUTION, *scheduled)]
     elif isinstance(value, (list, tuple)) and any(isinstance(x, dict) for x in value):
-        items = list(enumerate(value))
+        items = [*enumerate(value), ("length", len(value))]
     else:
+        value = sorted(map(list, value.items())) if isinstance(value, dict) else value  # milestones and their number
         value = value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, tuple) else value
         return {path: value} if value is None or isinstance(value, (bool, int, float, str, list)) else {}
     return {leaf: x for key, inner in items for leaf, x in _leaves(inner, f"{path} {key}".strip()).items()}
@@ -252,8 +276,10 @@ def _leaves(value, path=""):
 
 def _check(state, own):
     """ValueError for a state that is not of the run whose own is given."""
-    if not isinstance(state, dict) or state.get("format") != _FORMAT or state.keys() != own.keys():
-        raise ValueError(f"it is no checkpoint of {', '.join(own['kinds'])}")
+    if not isinstance(state, dict) or state.get("format") != _FORMAT or not isinstance(state.get("kinds"), dict):
+        raise ValueError("it is no checkpoint of this version")
+    if state["kinds"].keys() != own["kinds"].keys() or state.keys() != own.keys():
+        raise ValueError(f"it keeps {', '.join(state['kinds'])}, this run {', '.join(own['kinds'])}")
     for name, kind in own["kinds"].items():
         if state["kinds"].get(name) != kind:
             raise ValueError(f"its {name}: {state['kinds'].get(name)}, here: {kind}")
@@ -262,15 +288,21 @@ def _check(state, own):
             there, here = (x.get(key) for x in tensors)
             if there != here:
                 raise ValueError(f"its {name} has {key} of {there}, here it is of {here}")
-    for name, count in (("processes", len), ("random generators", lambda random: len(random[0][0]))):
-        there, here = count(state["random"]), count(own["random"])
+    for name in own["kinds"]:
+        if state["shapes"][name] != own["shapes"][name]:
+            raise ValueError(f"its {name} has its parameters in another order, or of other shapes")
+    counts = {"processes": [len(s["random"]) for s in (state, own)]}
+    for name, (there, here) in (counts | {"generators": [s["generators"] for s in (state, own)]}).items():
         if there != here:
             raise ValueError(f"its {name}: {there}, here: {here}")
     now = _settings(state)  # what goes on in the process that wrote the file is as the scheduler has left it
-    for path, value in own["settings"].items():
-        there = state["settings"].get(path, value)
-        if value not in (there, now.get(path, value)):
-            raise ValueError(f"its {path}: {there}, here: {value}")
+    for path in state["settings"] and own["settings"] | state["settings"]:
+        there, here = state["settings"].get(path), own["settings"].get(path)
+        is_missing = (path in own["settings"]) != (path in state["settings"])
+        if is_missing and any(path.startswith(name) and shapes for name, shapes in own["shapes"].items()):
+            continue  # versions of torch differ in the options of an optimiser
+        if here not in (there, now.get(path, there)):
+            raise ValueError(f"its {path}: {there}, here: {here}")
 
 
 def _shape(x):
@@ -279,8 +311,15 @@ def _shape(x):
 
 def _plain(value):
     """Numbers of numpy and torch as Python's; text for what a file of weights cannot hold."""
-    value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+    value = value.item() if hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1 else value
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _content(path):
+    """The bytes of a file; None where there is none."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    return path.read_bytes() if path.exists() else None
 
 
 def _as_bytes(state):
@@ -307,7 +346,7 @@ def _read(content):
 def _written_beside(path, content):
     """The path of a file beside another, written to the disk; removed behind, unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    partial = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}.partial")  # names may have 255 characters
     try:
         with open(partial, "xb") as file:
             file.write(content)
@@ -334,6 +373,11 @@ def _check_generator(generator):
         raise TypeError(f"expected generators of {kinds}, got a {type(generator).__name__}: {error}") from error
 
 
+def _name_of(generator):
+    """Its class and, of numpy's, that of what it draws from."""
+    return type(getattr(generator, "bit_generator", generator)).__name__
+
+
 def _random_state(generator):
     """The state of a generator, or of numpy's or Python's module of random numbers, as tensor or plain values."""
     if isinstance(generator, np.random.Generator):
@@ -351,10 +395,11 @@ def _set_random_state(generator, state):
 
 
 def _without_arrays(state):
-    if isinstance(state, dict):
+    """Numpy's arrays and numbers in nested dicts, lists and tuples as Python's, which a file of weights can hold."""
+    if type(state) is dict:
         return {key: _without_arrays(value) for key, value in state.items()}
-    if isinstance(state, tuple):
-        return tuple(map(_without_arrays, state))
+    if type(state) in (tuple, list):
+        return type(state)(map(_without_arrays, state))
     return state.tolist() if isinstance(state, (np.ndarray, np.generic)) else state
 
 

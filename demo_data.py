@@ -289,7 +289,15 @@ def _one_shot_run(archive, table, size):
     training = sorted({pair[1] for pair in pairs})
     test = [pair[0] for pair in pairs]
     answers = torch.tensor([training.index(pair[1]) for pair in pairs])
-    return *(torch.cat([_drawing(archive, name, size) for name in names]) for names in (training, test)), answers
+    return _drawings(archive, training, size), _drawings(archive, test, size), answers
+
+
+def _drawings(archive, names, size):
+    """Drawings (n, 1, size, size), ink 1; into one tensor, since many small ones would keep the memory between them."""
+    drawings = torch.empty(len(names), 1, size, size)
+    for i, name in enumerate(names):
+        drawings[i] = _drawing(archive, name, size)
+    return drawings
 
 
 def _drawing(archive, name, size):

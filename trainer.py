@@ -6,6 +6,7 @@ It is handed loaders of `(data, target)`, a model, a loss, an optimiser, a sched
 """
 
 import contextlib
+import copy
 import inspect
 import math
 import os
@@ -101,21 +102,22 @@ def fit(
             step, so the weights are those of the batch before; on a GPU losses are read every `log_interval` batches,
             every 100 at least.
     """
+    metrics = list(metrics)
     step = _Step(model, loss_fn, optimizer, cuda, amp, compile)
-    n_steps = _steps_of_scheduler(scheduler, scheduler_step, train_loader, n_epochs)
+    n_steps = _steps_of_scheduler(scheduler, scheduler_step, train_loader, n_epochs, start_epoch)
     parts = {"model": model, "loss_fn": loss_fn, "optimizer": optimizer, "scheduler": scheduler, "scaler": step.scaler}
     history: list[dict[str, Any]] = [] if checkpoint is None else _resume(checkpoint, parts, start_epoch, n_epochs)
     start_epoch = history[-1]["epoch"] if history else start_epoch
-    _bring_forward(scheduler, start_epoch * n_steps)
+    if not history:  # a checkpoint brought the scheduler to where it was
+        _bring_forward(scheduler, start_epoch * n_steps)
     each_batch = scheduler.step if scheduler is not None and scheduler_step == "batch" else None
     watch = _Watch()
     with _keep_modes(model):
-        frozen = _frozen_parts(model)
         for epoch in range(start_epoch, n_epochs):
             began, title = time.perf_counter(), f"Epoch {epoch + 1}/{n_epochs}"
             row: dict[str, Any] = {"epoch": epoch + 1, "lr": float(optimizer.param_groups[0]["lr"])}
             _set_epoch(train_loader, epoch)
-            _to_training(model, frozen)
+            _to_training(model)
             row["train_loss"] = _run_epoch(
                 train_loader, step, metrics, f"{title} train", log_interval,
                 is_training=True, watch=watch, each_batch=each_batch,
@@ -161,7 +163,7 @@ def train_epoch(
         `(loss, metrics)`: the average loss as a float, and the metrics, whose `value()` is that of the pass.
     """
     step = _Step(model, loss_fn, optimizer, cuda, amp)
-    _to_training(model, _frozen_parts(model))
+    _to_training(model)
     return _run_epoch(train_loader, step, metrics, title, log_interval, is_training=True), metrics
 
 
@@ -209,10 +211,11 @@ def extract_embeddings(
         TypeError: data that the model does not take, such as pairs.
     """
     bare: Any = _unwrapped(model)
+    embed = getattr(bare, "get_embedding", bare)
+    bare = getattr(bare, "__self__", bare)  # of a method
     is_module = isinstance(bare, nn.Module)
     if device is None and is_module:
         device = next((parameter.device for parameter in bare.parameters()), None)
-    embed = getattr(bare, "get_embedding", bare)
     sampler = _sampler_of_processes(loader)
     n_own = _n_own_samples(sampler)
     if sampler is not None and (n_own is None or sampler.shuffle):
@@ -260,7 +263,7 @@ def _run_epoch(loader, step, metrics, title, log_interval=0, *, is_training=Fals
             target = _as_tuple(target)
             outputs, loss_outputs = step.forward(data, target)
             loss = _loss_of(loss_outputs)
-            losses.add(loss, _n_samples(target) or _n_samples(data) or 1)
+            losses.add(loss, _n_samples(target) or _n_samples(data) or _n_samples(outputs) or 1)
             if is_training:
                 step.backward(loss)
             if each_batch is not None:
@@ -290,9 +293,9 @@ class _Step:
             raise TypeError("LBFGS computes the loss of a batch several times, fit once: take another optimiser")
         self.model, self.loss_fn, self.optimizer, self.amp = model, loss_fn, optimizer, amp
         self.device = _to_device(cuda, model, loss_fn)
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self.scaler = torch.amp.GradScaler(device.type) if amp == torch.float16 else None
-        self.compute = _compiled(self._compute, device) if compile else self._compute
+        self.parameters = next((x.device for x in model.parameters()), torch.device("cpu"))
+        self.scaler = torch.amp.GradScaler(self.parameters.type) if amp == torch.float16 else None
+        self.compute = _compiled(self._compute, self.parameters) if compile else self._compute
 
     def forward(self, data, target):
         """Outputs of the model, a tuple, and what the loss returned."""
@@ -303,9 +306,8 @@ class _Step:
             raise
 
     def _compute(self, data, target):
-        tensor = next(_tensors(data), None)
-        is_half = self.amp is not None and tensor is not None
-        with torch.autocast(tensor.device.type, self.amp) if is_half else contextlib.nullcontext():
+        device = next((x.device for x in _tensors(data)), self.parameters)
+        with contextlib.nullcontext() if self.amp is None else torch.autocast(device.type, self.amp):
             outputs = _call(self.model, data)
         outputs = tuple(outputs) if type(outputs) in (tuple, list) else (outputs,)
         if self.amp is not None:
@@ -314,6 +316,8 @@ class _Step:
 
     def backward(self, loss):
         """Gradients, and a step of the optimiser."""
+        if not loss.requires_grad:
+            raise ValueError("the loss has no gradient: it does not depend on parameters that require one")
         self.optimizer.zero_grad()
         if self.scaler is None:
             loss.backward()
@@ -337,9 +341,18 @@ def _compiled(function, device):
 
     def replayed(*args):
         torch.compiler.cudagraph_mark_step_begin()
-        return _map(torch.clone, compiled(*args))  # the next step writes over what this one returns
+        return _copied(*compiled(*args))
 
     return replayed
+
+
+def _copied(outputs, loss_outputs):
+    """Copies of what a step returned, which the next one would write over."""
+
+    def clone(x):
+        return x.clone() if torch.is_tensor(x) else x
+
+    return _map(clone, outputs), _map(clone, loss_outputs)
 
 
 def _call(function, data):
@@ -368,8 +381,9 @@ def _loss_of(loss_outputs):
     loss = loss_outputs[0] if isinstance(loss_outputs, (tuple, list)) and loss_outputs else loss_outputs
     if not torch.is_tensor(loss):
         raise TypeError(f"expected a loss that returns a tensor, or a tuple with one first, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"expected the loss to return one number, got a tensor of shape {tuple(loss.shape)}")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        given = f"a tensor of shape {tuple(loss.shape)} of {loss.dtype}"
+        raise ValueError(f"expected the loss to return one floating-point number, got {given}")
     return loss
 
 
@@ -410,7 +424,8 @@ class _Losses:
         """The average of all; over all processes where they share a pass."""
         self.read()
         if self.n_batches == 0:
-            raise ValueError(f"{self.title}: the loader is empty, it gave no batch")
+            remedy = "an iterator, not a loader, gives its batches once only"
+            raise ValueError(f"{self.title}: the loader is empty, it gave no batch; {remedy}")
         total, n = map(sum, zip(*_gathered((self.total, self.n)))) if is_shared else (self.total, self.n)
         return total / n
 
@@ -434,8 +449,8 @@ class _Watch:
 
     @torch.no_grad()
     def observe(self, outputs, target, loss_outputs):
-        x = outputs[0]
-        if self.is_silent or not torch.is_tensor(x) or x.dim() != 2 or min(x.shape) < 2 or not x.is_floating_point():
+        x, labels = outputs[0], target[0] if target and torch.is_tensor(target[0]) else None
+        if self.is_silent or not torch.is_tensor(x) or x.dim() != 2 or x.shape[1] < 2 or not x.is_floating_point():
             return
         self.n_steps += 1
         if self.batch is None or len(x) >= len(self.batch[0]):  # not a last one of few samples
@@ -443,10 +458,15 @@ class _Watch:
         count = loss_outputs[1] if isinstance(loss_outputs, (tuple, list)) and len(loss_outputs) > 1 else None
         if isinstance(count, int) or (torch.is_tensor(count) and count.numel() == 1 and not count.is_floating_point()):
             self.n_active = count if self.n_active is None else self.n_active + count
-            if target and torch.is_tensor(target[0]):
-                labels = target[0].reshape(-1).sort().values
+            if labels is None:
+                self.has_triplet = torch.tensor(True)  # for all that is known
+            else:
+                labels = labels.reshape(-1)
+                labels = (labels if labels.is_floating_point() else labels.long()).sort().values  # uint16 has no sort
                 same = labels[1:] == labels[:-1]  # so there is a pair, and, unless all are, another class
                 self.has_triplet = self.has_triplet.to(same.device) | (same.any() & ~same.all())
+        elif labels.is_floating_point() if labels is not None else len(outputs) == 1:
+            self.batch = None  # no embeddings of classes or triplets: they may be what they are
 
     def warn(self, title):
         """Say what the epoch shows, if it shows anything."""
@@ -464,7 +484,7 @@ class _Watch:
         none_active = self.n_active is not None and int(self.n_active) == 0
         if none_active and not bool(self.has_triplet):
             return "no batch had two samples of one class and one of another, so no triplet; use BalancedBatchSampler"
-        if spread <= 1e-3 * norm:
+        if len(x) > 1 and spread <= 1e-3 * norm:
             state = f"their spread is {spread:.1g} at a norm of {norm:.1g}"
             return f"the embeddings have shrunk to a point, {state}; {self.REMEDY}"
         if none_active:
@@ -475,8 +495,8 @@ class _Watch:
         return None
 
 
-def _frozen_parts(model):
-    """The modules of frozen parts, with their modes; puts all others into training mode, and warns if some were not."""
+def _to_training(model):
+    """Put all but frozen parts into training mode; a warning names parts in it that were not."""
     frozen, woken = [], {}
 
     def visit(module, name, is_trained):
@@ -491,18 +511,13 @@ def _frozen_parts(model):
             visit(child, f"{name}.{child_name}".lstrip("."), module.training)
 
     visit(model, "", False)
-    _to_training(model, frozen)
+    model.train()
+    for module, mode in frozen:
+        module.training = mode
     names = [name for name, module in woken.items() if module.training]
     if names:
         remedy = "to freeze it, give its parameters requires_grad=False"
         warnings.warn(f"{', '.join(names)} was in evaluation mode and is trained all the same; {remedy}", stacklevel=3)
-    return frozen
-
-
-def _to_training(model, frozen):
-    model.train()
-    for module, mode in frozen:
-        module.training = mode
 
 
 @contextlib.contextmanager
@@ -524,6 +539,8 @@ def _keep_state(loss_fn):
         return
     state = [(vars(module), dict(vars(module))) for module in loss_fn.modules()]
     values = [x for module in loss_fn.modules() for x in (*vars(module).values(), *module._buffers.values())]
+    held = [x for value in values for x in (value, *getattr(value, "__dict__", {}).values())]  # by selectors
+    generators = [(x, x.get_state()) for x in held if isinstance(x, torch.Generator)]
     contents = [(x, x.clone() if torch.is_tensor(x) else x.copy()) for x in values if isinstance(x, _CHANGEABLE)]
     loss_fn.eval()
     try:
@@ -534,6 +551,8 @@ def _keep_state(loss_fn):
             attributes.update(before)
         for x, before in contents:
             _set_content(x, before)
+        for generator, before in generators:
+            generator.set_state(before)
 
 
 def _set_content(x, content):
@@ -577,6 +596,8 @@ def _n_samples(data):
 def _output_number(outputs, number):
     """One of the outputs of a model; ValueError where it is no tensor with rows."""
     outputs = tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+    if not isinstance(number, int):
+        raise TypeError(f"expected output to be the number of one, got {number!r}")
     if not -len(outputs) <= number < len(outputs):
         raise ValueError(f"output={number}, but the model returns {len(outputs)} output(s)")
     rows = outputs[number]
@@ -703,14 +724,17 @@ def _move(value, device):
 def _map(function, value):
     """What a function makes of each tensor, of what else has `to`, and of all that is in no tuple, list or dict.
 
-    Tuples and lists come back as lists, named tuples as what they were.
+    Containers come back as what they were.
     """
     if hasattr(value, "to") or not isinstance(value, (Mapping, tuple, list)):
         return function(value)
     if isinstance(value, Mapping):
-        return {key: _map(function, x) for key, x in value.items()}
+        mapped = copy.copy(value)
+        for key, x in value.items():
+            mapped[key] = _map(function, x)
+        return mapped
     parts = [_map(function, x) for x in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else parts
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts) if isinstance(value, tuple) else parts
 
 
 def _to_device(cuda, *parts):
@@ -749,7 +773,7 @@ def _resume(checkpoint, parts, start_epoch, n_epochs):
     return history
 
 
-def _steps_of_scheduler(scheduler, scheduler_step, loader, n_epochs):
+def _steps_of_scheduler(scheduler, scheduler_step, loader, n_epochs, start_epoch):
     """Steps of the scheduler an epoch; ValueError where it ends before the training, a warning where it is too long."""
     if scheduler_step not in ("epoch", "batch"):
         raise ValueError(f'expected scheduler_step "epoch" or "batch", got {scheduler_step!r}')
@@ -759,6 +783,8 @@ def _steps_of_scheduler(scheduler, scheduler_step, loader, n_epochs):
         n_batches = len(loader)  # type: ignore[arg-type]
     except TypeError:
         n_batches = 0  # not known
+    if scheduler_step == "batch" and start_epoch > 0 and n_batches == 0:
+        raise ValueError("start_epoch needs a loader with a length, to bring the scheduler forward batch by batch")
     n_steps = 1 if scheduler_step == "epoch" else n_batches
     name, total = type(scheduler).__name__, getattr(scheduler, "total_steps", None)
     if total is not None and total < n_steps * n_epochs:

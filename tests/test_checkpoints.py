@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LambdaLR,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -575,7 +586,99 @@ def test_how_steps_are_computed_may_change(tmp_path):
     assert optimizer.param_groups[0]["foreach"] is False
 
 
+def numpy_rate(epoch):
+    return 1.0 if epoch < 2 else np.exp(-epoch)
+
+
+def test_numpy_numbers_in_a_state_are_kept_as_plain_ones(tmp_path):
+    setting = with_schedule(scheduler_class=LambdaLR, scheduler_options={"lr_lambda": numpy_rate}, lr=np.float64(0.01))
+    fit_with(setting, tmp_path / "run.pt", 3)
+    fit_with(setting, tmp_path / "run.pt", 4)
+    fit_with(
+        with_schedule(scheduler_class=LambdaLR, scheduler_options={"lr_lambda": numpy_rate}), tmp_path / "run.pt", 5
+    )
+
+
+def chained(*makers):
+    return lambda optimizer, T_max=2: ChainedScheduler([make(optimizer) for make in makers])
+
+
+def sequential(*makers):
+    return lambda optimizer, T_max=2: SequentialLR(optimizer, [make(optimizer) for make in makers], [3])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda o, T_max: MultiStepLR(o, [1, 2]), lambda o, T_max: MultiStepLR(o, [1, 3])),
+        (lambda o, T_max: MultiStepLR(o, [1, 2, 3]), lambda o, T_max: MultiStepLR(o, [1])),
+        (chained(ConstantLR), chained(ConstantLR, lambda o: ExponentialLR(o, 0.9))),
+        (chained(ConstantLR, lambda o: ExponentialLR(o, 0.9)), chained(ConstantLR)),
+        (
+            sequential(ConstantLR, lambda o: CosineAnnealingLR(o, 5)),
+            sequential(ConstantLR, lambda o: ExponentialLR(o, 0.9)),
+        ),
+    ],
+    ids=["another milestone", "fewer milestones", "one more", "one fewer", "another kind"],
+)
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # SequentialLR's own
+def test_other_settings_within_a_scheduler_are_an_error(tmp_path, first, second):
+    fit_with(with_schedule(scheduler_class=first), tmp_path / "run.pt", 2)
+    with pytest.raises(ValueError, match=r"cannot resume from .* its scheduler .*: .*, here: "):
+        fit_with(with_schedule(scheduler_class=second), tmp_path / "run.pt", 4)
+    fit_with(with_schedule(scheduler_class=first), tmp_path / "run.pt", 4)
+
+
+def test_parameters_in_another_order_are_an_error(tmp_path):
+    def setting(order):
+        def build():
+            train, val, model, loss_fn, _, _, *rest = pairs()
+            optimizer = Adam(list(model.parameters())[::order], 0.01)
+            return train, val, model, loss_fn, optimizer, None, *rest
+
+        return build
+
+    fit_with(setting(1), tmp_path / "run.pt", 1)
+    with pytest.raises(ValueError, match="its optimizer has its parameters in another order"):
+        fit_with(setting(-1), tmp_path / "run.pt", 2)
+
+
+def test_parts_that_are_there_and_not_here_are_named(tmp_path):
+    fit_with(with_schedule(), tmp_path / "run.pt", 1)
+    with pytest.raises(
+        ValueError, match="it keeps model, loss_fn, optimizer, scheduler, this run model, loss_fn, optim"
+    ):
+        fit_with(with_schedule(scheduler_class=None), tmp_path / "run.pt", 2)
+
+
+def test_a_loop_that_only_saves_can_be_resumed(tmp_path):
+    class Counter:
+        n = 5
+
+        def state_dict(self):
+            return {"n": self.n}
+
+        def load_state_dict(self, state):
+            self.n = state["n"]
+
+    Checkpoint(tmp_path / "run.pt", best="x").save({"counter": Counter()}, [])
+    counter = Counter()
+    counter.n = 0
+    Checkpoint(tmp_path / "run.pt").resume({"counter": counter})
+    assert counter.n == 5
+    with pytest.raises(ValueError, match="expected other names of parts than history"):
+        Checkpoint(tmp_path / "run.pt").save({"history": counter}, [])
+
+
 # --- the best epoch
+
+
+def test_numbers_of_torch_and_numpy_are_numbers(tmp_path):
+    keep = Checkpoint(tmp_path / "run.pt", best="value", mode="max")
+    values = [torch.tensor(0.25), np.float32(0.5), torch.tensor([0.125]), 1]
+    keep.save({}, [{"value": value} for value in values])
+    assert keep.resume({}) == [{"value": value} for value in (0.25, 0.5, 0.125, 1)]
+    assert (tmp_path / "run.pt.best").exists()
 
 
 @pytest.mark.parametrize(
@@ -625,6 +728,13 @@ def test_a_relative_path_is_of_the_folder_at_the_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "a")
     run(pairs, "run.pt", [Wanderer(-1)], n_epochs=2)
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")] == ["a/run.pt"]
+
+
+def test_a_long_name_and_what_is_no_file(tmp_path):
+    run(pairs, tmp_path / ("a" * 240), n_epochs=1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="it is no file"):
+        run(pairs, tmp_path / "pipe", n_epochs=1)
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_batch(tmp_path):
@@ -702,6 +812,16 @@ def test_what_is_no_generator_is_an_error(tmp_path, generator):
         Checkpoint(tmp_path / "run.pt", generators=[generator])
 
 
+def test_generators_of_another_kind_are_an_error_before_anything_is_loaded(tmp_path):
+    Checkpoint(tmp_path / "run.pt", generators=[torch.Generator()]).save({"model": nn.Linear(1, 1)}, [])
+    model = nn.Linear(1, 1)
+    before = model.weight.clone()
+    for generator in (np.random.default_rng(0), np.random.Generator(np.random.MT19937(0))):
+        with pytest.raises(ValueError, match=r"its generators: \['Generator'\], here: "):
+            Checkpoint(tmp_path / "run.pt", generators=[generator]).resume({"model": model})
+    assert torch.equal(model.weight, before)
+
+
 # --- wrappers
 
 
@@ -741,6 +861,17 @@ def test_a_checkpoint_is_the_same_in_any_wrapper(tmp_path, first, second):
     x = torch.rand(5, 1, 6, 6)
     with torch.no_grad():
         torch.testing.assert_close(a(x), b(x))
+
+
+def test_an_average_of_models_goes_on_where_it_was(tmp_path):
+    model = nn.Linear(2, 1)
+    average = AveragedModel(model)
+    for _ in range(3):
+        average.update_parameters(model)
+    Checkpoint(tmp_path / "run.pt").save({"model": model, "average": average}, [])
+    other = AveragedModel(model)
+    Checkpoint(tmp_path / "run.pt").resume({"model": nn.Linear(2, 1), "average": other})
+    assert int(other.n_averaged) == 3
 
 
 def test_a_part_named_like_a_wrappers_stays(tmp_path):

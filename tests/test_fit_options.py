@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPl
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
+import trainer
 from checkpoints import Checkpoint
 from datasets import BalancedBatchSampler, SiameseDataset, TripletDataset
 from losses import (
@@ -199,6 +200,12 @@ def test_batches_without_a_valid_triplet_are_warned_of_and_given_the_sampler(lab
         fit(DataLoader(data, 20), None, net, BatchAllTripletLoss(1.0), SGD(net.parameters(), 0.1), None, 1, False, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int8, torch.float32, torch.bool])
+def test_labels_of_any_dtype_are_looked_at(dtype):
+    x, labels = clusters()
+    train(make_net(), OnlineTripletLoss(1.0, BatchHardTripletSelector()), TensorDataset(x, (labels % 2).to(dtype)))
+
+
 @pytest.mark.parametrize(
     "loss_fn",
     [
@@ -211,6 +218,30 @@ def test_a_run_that_learns_is_not_warned_of(loss_fn):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit_balanced(make_net(), loss_fn, n_epochs=3, spread=0.3)
+
+
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_labels_that_are_no_tensor_are_not_said_to_hold_no_triplet(kind):
+    labels = torch.arange(20) % 4
+    target = labels.tolist() if kind == "list" else {"label": labels}
+    with pytest.warns(UserWarning, match="no triplet was active"):
+        fit_once(lambda x, y: (0 * x.sum(), torch.tensor(0)), [(torch.randn(20, 5), target)])
+
+
+def fit_once(loss_fn, loader):
+    net = make_net()
+    fit(loader, None, net, loss_fn, SGD(net.parameters(), 0.1), None, 1, False, 0)
+
+
+def test_batches_of_one_sample_are_warned_of():
+    with pytest.warns(UserWarning, match="no batch had two samples of one class"):
+        fit_once(BatchAllTripletLoss(1.0), DataLoader(TensorDataset(*clusters()), 1))
+
+
+def test_a_regression_is_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_once(lambda x, y: (0 * x + y.mean()).square().mean(), [(torch.zeros(20, 5), torch.rand(20))])
 
 
 def test_a_classifier_that_has_learned_little_is_not_warned_of():
@@ -316,6 +347,18 @@ def test_a_model_that_keeps_its_batch_norm_in_evaluation_mode_is_not_warned_of()
     assert int(model.net.body[1].num_batches_tracked) == 0
 
 
+def test_parts_may_be_frozen_and_thawed_between_epochs():
+    net = normed()
+    n_seen = []
+
+    def on_epoch(row):
+        n_seen.append(int(net.body[1].num_batches_tracked))
+        net.body.requires_grad_(row["epoch"] != 1).train(row["epoch"] != 1)
+
+    train(net, BatchAllTripletLoss(1.0), n_epochs=3, on_epoch=on_epoch)
+    assert n_seen == [3, 3, 6]
+
+
 def test_an_epoch_by_itself_leaves_frozen_parts_alone():
     net = normed()
     net.body.eval().requires_grad_(False)
@@ -351,6 +394,32 @@ def test_a_schedule_for_batches_is_stepped_after_each():
         scheduler.step()
     assert rates == expected
     assert [row["lr"] for row in history] == expected[::10]
+
+
+def test_a_resumed_schedule_is_not_stepped_for_batches_that_were_not_there(tmp_path):
+    class Overstated(list):
+        def __len__(self):
+            return 20
+
+    def rates(n_epochs, path):
+        net = make_net()
+        optimizer = SGD(net.parameters(), 0.1)
+        loader = Overstated([(torch.ones(2, 5), [])] * 4)
+        run = (optimizer, StepLR(optimizer, 6), n_epochs, False, 0)
+        keep = None if path is None else Checkpoint(path)
+        history = fit(loader, None, net, lambda x: x.mean(), *run, checkpoint=keep, scheduler_step="batch")
+        return [row["lr"] for row in history]
+
+    rates(2, tmp_path / "run.pt")
+    assert rates(4, tmp_path / "run.pt") == rates(4, None)
+
+
+def test_a_schedule_for_batches_cannot_begin_late_without_their_number():
+    net = make_net()
+    optimizer = SGD(net.parameters(), 0.1)
+    run = (net, lambda x: x.mean(), optimizer, StepLR(optimizer, 3), 2, False, 0)
+    with pytest.raises(ValueError, match="start_epoch needs a loader with a length"):
+        fit(iter([]), None, *run, start_epoch=1, scheduler_step="batch")
 
 
 def test_no_schedule_for_batches_is_none():
@@ -473,6 +542,13 @@ def test_an_output_that_is_none_is_an_error_in_words(model, output, message):
         extract_embeddings(DataLoader(TensorDataset(*clusters()), 20), model, output=output)
 
 
+def test_a_method_of_a_model_is_called_in_evaluation_mode():
+    model = ClassificationNet(nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.9)), 4, embedding_dim=3)
+    loader = DataLoader(TensorDataset(*clusters()), 20)
+    assert torch.equal(extract_embeddings(loader, model.get_embedding)[0], extract_embeddings(loader, model)[0])
+    assert model.training
+
+
 def test_embeddings_are_extracted_by_any_function_from_any_data():
     x, labels = torch.arange(12.0).reshape(6, 2), torch.arange(6)
     batches = [({"a": x[:4], "b": 2 * x[:4]}, labels[:4]), ({"a": x[4:], "b": 2 * x[4:]}, labels[4:])]
@@ -572,6 +648,16 @@ def test_a_validation_leaves_the_state_of_the_loss_as_it_was():
     assert set(vars(loss_fn)) == attributes
 
 
+def test_a_validation_leaves_the_generators_of_a_loss_and_its_selector_alone():
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    loss_fn = OnlineTripletLoss(1.0, RandomNegativeTripletSelector(1.0, generator=generators[0]))
+    loss_fn.own = generators[1]
+    before = [generator.get_state() for generator in generators]
+    loss_fn.register_forward_hook(lambda module, *_: [torch.rand(2, generator=module.own), None][1])
+    test_epoch(DataLoader(TensorDataset(*clusters()), 20), make_net(), loss_fn, False, [])
+    assert all(torch.equal(generator.get_state(), state) for generator, state in zip(generators, before))
+
+
 def test_a_validation_does_not_change_the_training():
     def weights(has_validation):
         model, loss_fn, loader = make_net(), Remembering(), DataLoader(TensorDataset(*clusters()), 20)
@@ -655,7 +741,9 @@ def test_an_error_within_the_model_stays_what_it_is():
         ({"loss": torch.ones(())}, TypeError, "expected a loss that returns a tensor.*got dict"),
         (1.0, TypeError, "got float"),
         (None, TypeError, "got NoneType"),
-        (torch.ones(20), ValueError, r"one number, got a tensor of shape \(20,\)"),
+        (torch.ones(20), ValueError, r"one floating-point number, got a tensor of shape \(20,\)"),
+        (torch.tensor(3), ValueError, r"one floating-point number, got .* of torch\.int64"),
+        (torch.tensor(1.0), ValueError, "the loss has no gradient"),
     ],
 )
 def test_a_loss_that_returns_no_number_is_an_error_in_words(value, error, message):
@@ -711,6 +799,66 @@ def test_nested_outputs_come_in_float32_too():
     train(Outputs(), loss_fn, amp=torch.bfloat16, n_epochs=1)
 
 
+class Thing:
+    """Data that is no tensor, as a batch of graphs."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device):
+        return self
+
+
+class OfThings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make_net()
+
+    def forward(self, thing):
+        dtypes.append(self.net[0](thing.x).dtype)
+        return self.net(thing.x)
+
+
+dtypes = []
+
+
+def test_batches_of_things_are_weighed_by_their_samples():
+    x, labels = clusters()
+    parts = [slice(0, 45), slice(45, 60)]
+    loss_fn = BatchAllTripletLoss(1.0)
+    expected = test_epoch([(x[part], labels[part]) for part in parts], make_net(), loss_fn, False, [])[0]
+    things = [(Thing(x[part]), labels[part].numpy()) for part in parts]
+    assert test_epoch(things, OfThings(), loss_fn, False, [])[0] == pytest.approx(expected)
+
+
+def test_half_precision_is_for_things_too():
+    dtypes.clear()
+    test_epoch([(Thing(torch.ones(2, 5)), [])], OfThings(), lambda x: x.mean(), False, [], amp=torch.bfloat16)
+    assert dtypes == [torch.bfloat16]
+
+
+def test_containers_stay_what_they_are_in_half_precision():
+    class Outputs(dict):
+        def __init__(self, **items):
+            super().__init__(**items)
+
+        @property
+        def logits(self):
+            return self["logits"]
+
+    class Nested(nn.Module):
+        def forward(self, x):
+            return x, (x, [x]), Outputs(logits=x.bfloat16())
+
+    def loss_fn(x, pair, outputs):
+        assert type(pair) is tuple
+        assert type(pair[1]) is list
+        assert outputs.logits.dtype == torch.float32
+        return x.mean()
+
+    test_epoch([(torch.ones(2, 5), [])], Nested(), loss_fn, "cpu", [], amp=torch.bfloat16)
+
+
 # --- memory
 
 
@@ -762,6 +910,15 @@ def test_compiled_training_ends_in_the_same_weights(name):
         values.append([row[key] for row in history for key in ("val_loss", "val_rows") if key in row])
     assert all(torch.allclose(weights[0][key], weights[1][key], rtol=0, atol=1e-5) for key in weights[0])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_what_a_replayed_step_returns_is_kept_as_copies_with_their_graph():
+    x = torch.ones(2, requires_grad=True)
+    outputs, (loss, count, name) = trainer._copied((2 * x, {"a": x}), (x.sum(), 3, "n"))
+    assert isinstance(outputs, tuple)
+    assert (count, name) == (3, "n")
+    assert outputs[1]["a"] is not x
+    assert torch.equal(torch.autograd.grad(loss + outputs[0].sum(), x)[0], torch.full((2,), 3.0))
 
 
 def test_without_a_compiler_compile_is_an_error_before_the_first_step(monkeypatch):
