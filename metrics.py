@@ -102,6 +102,7 @@ class AccumulatedAccuracyMetric(_OutputMetric):
 
     correct: Any = 0
     largest_label: Any = -1
+    smallest_label: Any = 0
     n_classes = total = 0
 
     def __call__(self, outputs: tuple[Tensor, ...], target: tuple[Tensor] | None, loss: Any) -> None:
@@ -113,18 +114,20 @@ class AccumulatedAccuracyMetric(_OutputMetric):
             return
         self.correct = self.correct + (scores.argmax(dim=1) == labels).sum()
         self.largest_label = labels.max().clamp(min=self.largest_label)
+        self.smallest_label = labels.min().clamp(max=self.smallest_label)
         self.n_classes = scores.shape[1]
         self.total += len(labels)
 
     def reset(self) -> None:
         self.correct = self.n_classes = self.total = 0
-        self.largest_label = -1
+        self.largest_label, self.smallest_label = -1, 0
 
     def gather(self) -> None:
         """Add the samples of the other processes."""
-        own = int(self.correct), int(self.largest_label), self.n_classes, self.total
-        correct, largest_labels, n_classes, totals = zip(*_gathered(own))
+        own = int(self.correct), int(self.largest_label), int(self.smallest_label), self.n_classes, self.total
+        correct, largest_labels, smallest_labels, n_classes, totals = zip(*_gathered(own))
         self.correct, self.largest_label = sum(correct), torch.tensor(max(largest_labels))
+        self.smallest_label = torch.tensor(min(smallest_labels))
         self.n_classes, self.total = max(n_classes), sum(totals)
 
     def value(self) -> float:
@@ -134,6 +137,8 @@ class AccumulatedAccuracyMetric(_OutputMetric):
         if self.largest_label >= self.n_classes:
             classes = f"label {int(self.largest_label)}, but only {self.n_classes} outputs"
             raise ValueError(f"{self.name()} met {classes}: are these embeddings rather than scores of classes?")
+        if self.smallest_label < 0:
+            raise ValueError(f"{self.name()} met label {int(self.smallest_label)}, which no score is for")
         return 100 * float(self.correct) / self.total
 
     def name(self) -> str:

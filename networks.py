@@ -180,6 +180,10 @@ class ClassificationNet(nn.Module):
         return self.nonlinear(self.embedding_net(x))
 
 
+class _UnjoinedError(ValueError):
+    """The output for several inputs together cannot be told apart."""
+
+
 class _SharedNet(nn.Module):
     """One embedding network for several inputs.
 
@@ -207,7 +211,12 @@ class _SharedNet(nn.Module):
         key = self.embedding_net, getattr(self.embedding_net, "training", None)
         if key not in self._joins:
             return self._find_out(inputs, key)
-        return self._together(inputs) if self._joins[key] else self._one_by_one(inputs)
+        if self._joins[key]:
+            try:
+                return self._together(inputs)
+            except _UnjoinedError:  # the network has changed
+                self._joins = {**self._joins, key: False}
+        return self._one_by_one(inputs)
 
     def _one_by_one(self, inputs):
         return tuple(self.embedding_net(x) for x in inputs)
@@ -218,7 +227,7 @@ class _SharedNet(nn.Module):
         if not torch.is_tensor(output) or output.dim() != 2 or output.shape[0] != sum(sizes):
             got = tuple(output.shape) if torch.is_tensor(output) else type(output).__name__
             message = f"expected one tensor with a row for each of {sum(sizes)} samples, got {got}"
-            raise ValueError(f"{message}; to compile such a network, call the model once uncompiled first")
+            raise _UnjoinedError(f"{message}; to compile such a network, call the model once uncompiled first")
         # Slices, since the parts of a split would refuse changes in place.
         return tuple(output[end - n : end] for n, end in zip(sizes, itertools.accumulate(sizes)))
 
@@ -227,7 +236,8 @@ class _SharedNet(nn.Module):
         try:
             outputs = self._together(inputs)
         except Exception as error:
-            if type(error).__module__ == checkpoint.__module__:  # its way to end a second pass that has done its part
+            is_end = type(error).__module__ == checkpoint.__module__  # of a second pass that has done its part
+            if is_end or isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             outputs = None
         joins = outputs is not None
@@ -502,6 +512,7 @@ class _Snapshot:
 
     def __init__(self, model, copies):
         self.model = model
+        self.versions = [(x, x._version) for x in model.parameters() if not is_lazy(x) and not x.is_inference()]
         self.states = self._states()
         self.buffers = []
         for module in model.modules():
@@ -541,6 +552,8 @@ class _Snapshot:
                 buffers[name] = x if old is None else x.copy_(old)
 
     def __enter__(self):
+        if any(x._version != version for x, version in self.versions):
+            raise RuntimeError("a parameter was changed in place between the forward and the backward pass of Chunked")
         self.later = self._states(), [(buffers, name, buffers[name]) for buffers, name, _, _ in self.buffers]
         self._set(self.states)
         for buffers, name, _, old in self.buffers:
@@ -601,7 +614,8 @@ def _seen_through(net, name):
 
 
 def _embedding_dim_of(embedding_net):
-    width = _seen_through(embedding_net, "embedding_dim") or _width_of_last_linear(embedding_net)
+    width = _seen_through(embedding_net, "embedding_dim")
+    width = width if width and isinstance(width, int) else _width_of_last_linear(embedding_net)
     if width is None:
         name = type(embedding_net).__name__
         raise ValueError(f"{name} has no embedding_dim and no nn.Linear: say ClassificationNet(..., embedding_dim=D)")

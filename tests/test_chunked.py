@@ -612,3 +612,13 @@ def test_draws_and_precision_on_the_gpu_are_those_of_the_first_pass(dtype):
     for result in results[1:]:
         for ours, expected in zip(result, results[0]):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_weights_changed_before_the_backward_pass_are_noticed():
+    net = Chunked(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), 2)
+    output = net(torch.randn(5, 3))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1)
+    with pytest.raises(RuntimeError, match="a parameter was changed in place"):
+        output.sum().backward()

@@ -817,3 +817,10 @@ def test_statistics_without_pairs_or_batches():
     assert metric.value().keys() == {"spread", "effective_rank", "norm"}
     metric.reset()
     assert metric.value() is None
+
+
+def test_accuracy_of_a_negative_label_is_an_error():
+    accuracy = AccumulatedAccuracyMetric()
+    accuracy((torch.eye(3),), (torch.tensor([0, -1, 2]),), None)
+    with pytest.raises(ValueError, match="Accuracy met label -1"):
+        accuracy.value()

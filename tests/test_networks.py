@@ -1324,3 +1324,38 @@ def test_convnet4_takes_other_sizes_channels_and_dimensions(size):
     assert net(torch.randn(2, 3, size, size)).shape == (2, 10)
     assert ClassificationNet(net, 7)(torch.randn(2, 3, size, size)).shape == (2, 7)
     assert len(TripletNet(net)(*torch.randn(3, 2, 3, size, size))) == 3
+
+
+def test_a_network_that_comes_to_return_more_is_run_once_for_each_input():
+    class Growing(nn.Module):
+        has_both = False
+
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return (self.net(x), x) if self.has_both else self.net(x)
+
+    model = SiameseNet(Growing())
+    a, b = torch.randn(2, 4, 3)
+    model(a, b)
+    model.embedding_net.has_both = True
+    (embedding, same), _ = model(a, b)
+    torch.testing.assert_close(embedding, model.embedding_net.net(a))
+    assert torch.equal(same, a)
+
+
+def test_classifier_passes_over_an_embedding_dim_that_is_no_number():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(3, 5)
+
+        def embedding_dim(self):
+            return 5
+
+        def forward(self, x):
+            return self.net(x)
+
+    assert ClassificationNet(Net(), 4)(torch.ones(2, 3)).shape == (2, 4)
