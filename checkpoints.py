@@ -124,8 +124,7 @@ class Checkpoint:
         """
         state = self._state(_with_state(parts), history)  # in all processes: their random states are gathered
         state["settings"] = self._settings
-        content = _as_bytes(state) if _rank() == 0 else b""
-        _of_first(lambda: self._write(content, state["history"]))
+        _of_first(lambda: self._write(_as_bytes(state), state["history"]))
 
     def _state(self, parts, history):
         return {name: _state_of(part) for name, part in parts.items()} | {
@@ -238,11 +237,8 @@ def _holds(module, name):
 
 
 def _kind(part):
-    """What a part and that of the file must share: class and sizes of groups; modules need only the same tensors."""
-    if isinstance(part, nn.Module):
-        return "module"
-    sizes = [len(group["params"]) for group in getattr(part, "param_groups", [])]
-    return type(part).__name__ + (f" of groups of {sizes} parameters" if sizes else "")
+    """The class that a part and that of the file must share; modules need only the same tensors."""
+    return "module" if isinstance(part, nn.Module) else type(part).__name__
 
 
 def _parameter_shapes(part):
@@ -276,30 +272,28 @@ def _leaves(value, path=""):
 
 def _check(state, own):
     """ValueError for a state that is not of the run whose own is given."""
-    if not isinstance(state, dict) or state.get("format") != _FORMAT or not isinstance(state.get("kinds"), dict):
+    if not isinstance(state, dict) or state.get("format") != _FORMAT or own.keys() - own["kinds"] - state.keys():
         raise ValueError("it is no checkpoint of this version")
-    if state["kinds"].keys() != own["kinds"].keys() or state.keys() != own.keys():
+    if state["kinds"].keys() != own["kinds"].keys():
         raise ValueError(f"it keeps {', '.join(state['kinds'])}, this run {', '.join(own['kinds'])}")
     for name, kind in own["kinds"].items():
-        if state["kinds"].get(name) != kind:
-            raise ValueError(f"its {name}: {state['kinds'].get(name)}, here: {kind}")
+        if state["kinds"][name] != kind:
+            raise ValueError(f"its {name}: {state['kinds'][name]}, here: {kind}")
+        if state["shapes"][name] != own["shapes"][name]:
+            raise ValueError(f"its {name} has its parameters in other groups, another order, or of other shapes")
         tensors = [{key: _shape(x) for key, x in s[name].items()} if kind == "module" else {} for s in (state, own)]
         for key in tensors[0] | tensors[1]:
             there, here = (x.get(key) for x in tensors)
             if there != here:
                 raise ValueError(f"its {name} has {key} of {there}, here it is of {here}")
-    for name in own["kinds"]:
-        if state["shapes"][name] != own["shapes"][name]:
-            raise ValueError(f"its {name} has its parameters in another order, or of other shapes")
-    counts = {"processes": [len(s["random"]) for s in (state, own)]}
-    for name, (there, here) in (counts | {"generators": [s["generators"] for s in (state, own)]}).items():
-        if there != here:
-            raise ValueError(f"its {name}: {there}, here: {here}")
+    for name, trait in (("processes", lambda s: len(s["random"])), ("generators", lambda s: s["generators"])):
+        if trait(state) != trait(own):
+            raise ValueError(f"its {name}: {trait(state)}, here: {trait(own)}")
     now = _settings(state)  # what goes on in the process that wrote the file is as the scheduler has left it
     for path in state["settings"] and own["settings"] | state["settings"]:
         there, here = state["settings"].get(path), own["settings"].get(path)
         is_missing = (path in own["settings"]) != (path in state["settings"])
-        if is_missing and any(path.startswith(name) and shapes for name, shapes in own["shapes"].items()):
+        if is_missing and own["shapes"].get(path.split()[0]):
             continue  # versions of torch differ in the options of an optimiser
         if here not in (there, now.get(path, there)):
             raise ValueError(f"its {path}: {there}, here: {here}")

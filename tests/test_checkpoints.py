@@ -639,7 +639,7 @@ def test_parameters_in_another_order_are_an_error(tmp_path):
         return build
 
     fit_with(setting(1), tmp_path / "run.pt", 1)
-    with pytest.raises(ValueError, match="its optimizer has its parameters in another order"):
+    with pytest.raises(ValueError, match="its optimizer has its parameters in other groups, another order"):
         fit_with(setting(-1), tmp_path / "run.pt", 2)
 
 
