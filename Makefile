@@ -5,7 +5,8 @@
 # make test          set up, lint, check types, run all tests
 # make check         the same without the slow tests: in a minute and a half, for every day
 # make coverage      run the tests, and say which lines and branches of the six modules they reach
-# make benchmark     time selection, its growth, an epoch, chunks and retrieval; write the tables into README and docs
+# make benchmark     time selection, its growth and shares, an epoch, chunks, retrieval; tables into README and docs
+# make benchmark-gpu time selection on a GPU, in four minutes; write the table into docs
 # make precision     train the MNIST experiments in bfloat16; write the table into docs
 # make movies        train for three epochs on MNIST; write the README's moving pictures
 # make lab           open the notebooks in Jupyter
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 export DATA_ROOT ?= data
 export EPOCHS ?= 20
 
-.PHONY: experiments fashion omniglot results test check coverage benchmark precision movies lab clean
+.PHONY: experiments fashion omniglot results test check coverage benchmark benchmark-gpu precision movies lab clean
 
 # glibc then keeps the memory that a batch frees instead of fetching it anew for the next: a training step of 250 images
 # took 41 to 48 ms on two threads with this, 48 to 70 ms without.
@@ -52,9 +53,14 @@ coverage: $(VENV)/.installed-dev
 benchmark: $(VENV)/.installed-dev
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/selection.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/scaling.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/shares.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/epoch.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/chunks.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/retrieval.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/readme.py
+
+benchmark-gpu: $(VENV)/.installed-dev
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/selection_gpu.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/readme.py
 
 precision: $(VENV)/.installed-dev

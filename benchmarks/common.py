@@ -50,11 +50,7 @@ def try_alone(function, seconds=60, memory=12 * GIB):
             function()
             outcome = ["ok", time.perf_counter() - began]
         except Exception as error:  # nothing may leave the child alive
-            is_memory = isinstance(error, MemoryError) or "alloc" in str(error).lower()
-            outcome = [
-                "out of memory" if is_memory else f"fails: {(str(error) or repr(error)).splitlines()[0][:60]}",
-                None,
-            ]
+            outcome = [reason_of(error), None]
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
         os.write(writer, json.dumps([*outcome, peak]).encode())
         os._exit(0)
@@ -73,30 +69,65 @@ def try_alone(function, seconds=60, memory=12 * GIB):
     return (f"over {seconds} s" if late else "killed"), None, None
 
 
-def time_in_turn(functions, budget=20.0, most=25):
+def reason_of(error):
+    """Why a contender has no figures: "out of memory", or "fails: " and the error's first words."""
+    if isinstance(error, MemoryError) or "alloc" in str(error).lower():
+        return "out of memory"
+    return f"fails: {(str(error) or repr(error)).splitlines()[0][:60]}"
+
+
+def time_in_turn(functions, budget=20.0, most=25, wait=lambda: None):
     """Median seconds a call of each function, timed in turn so that a busy machine slows all alike.
 
     A quick function is called for 20 ms in each turn, so that it does not pay for the caches that a slow one emptied.
+    A first call is for warming up, but counts where it takes a second or more, and is enough where it takes ten.
 
     Args:
         functions: dict from name to function without arguments.
-        budget: stop after the round in which this many seconds are over; there are three rounds at least.
+        budget: stop after the round in which this many seconds are over, but not before each function has three times.
         most: rounds at most.
+        wait: called after each call, as `torch.cuda.synchronize` for a GPU.
     """
-    times = {name: [] for name in functions}
-    for function in functions.values():
-        function()
+    first = {name: _seconds_a_call(function, 0, wait) for name, function in functions.items()}
+    times = {name: [seconds] if seconds >= 1 else [] for name, seconds in first.items()}
+    again = [name for name in functions if first[name] < 10]
     began = time.perf_counter()
-    for n_rounds in range(1, most + 1):
-        for name, function in functions.items():
-            n_calls, t = 0, time.perf_counter()
-            while n_calls == 0 or time.perf_counter() - t < 0.02:
-                function()
-                n_calls += 1
-            times[name].append((time.perf_counter() - t) / n_calls)
-        if n_rounds >= 3 and time.perf_counter() - began > budget:
+    for _ in range(most if again else 0):
+        if min(len(times[name]) for name in again) >= 3 and time.perf_counter() - began > budget:
             break
+        for name in again:
+            times[name].append(_seconds_a_call(functions[name], 0.02, wait))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds_a_call(function, at_least, wait):
+    """Mean seconds of as many calls as it takes to fill `at_least` seconds, or of one."""
+    wait()
+    n_calls, began = 0, time.perf_counter()
+    while n_calls == 0 or time.perf_counter() - began < at_least:
+        function()
+        wait()
+        n_calls += 1
+    return (time.perf_counter() - began) / n_calls
+
+
+class Budget:
+    """Seconds that a benchmark may take; what does not fit is left out, and named.
+
+    Args:
+        seconds: from now on.
+    """
+
+    def __init__(self, seconds):
+        self.stop = time.perf_counter() + seconds
+        self.left_out = []
+
+    def allows(self, name):
+        """Whether there is time for one more entry; if not, its name is noted in `left_out`."""
+        if time.perf_counter() < self.stop:
+            return True
+        self.left_out.append(name)
+        return False
 
 
 def write(name, data):

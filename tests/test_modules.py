@@ -83,7 +83,8 @@ def test_selectors_and_losses_need_torch_and_numpy_only(name):
 
 
 COPIED = {
-    "_squared_distances": ["utils", "losses"],
+    "_Comparison": ["utils", "losses"],
+    "_code_labels": ["utils", "losses"],
     "_gathered": ["trainer", "metrics", "checkpoints"],
     "_in_turn": ["trainer", "metrics"],
     "_rank": ["trainer", "checkpoints"],

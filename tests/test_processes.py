@@ -34,13 +34,108 @@ def distance(weights, others):
     return max(float((weights[name] - others[name]).abs().max()) for name in weights)
 
 
+def assert_as_in_one(together, alone, shares):
+    """Losses and counts of each process are those of one, its gradient the share of that one's times the processes."""
+    for rank, (loss, count, gradient) in enumerate(together):
+        assert float(loss) == pytest.approx(float(alone[0]), rel=1e-6, abs=1e-6)
+        assert torch.equal(loss, together[0][0])  # to the last bit, so that the processes cannot drift apart
+        assert count == alone[1]
+        expected = len(shares) * alone[2].split(shares)[rank]
+        assert gradient.dtype == expected.dtype
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6 * float(alone[2].abs().max() + 1))
+
+
+@pytest.mark.parametrize("name", processes.LOSSES)
+def test_losses_and_gradients_are_those_of_one_process(of_processes, name):
+    alone = processes.calls(GlobalBatchLoss(processes.LOSSES[name](), seed=7))
+    for call, shares in enumerate(processes.SHARES[len(of_processes)]):
+        assert_as_in_one([results["losses"][name][call] for results in of_processes], alone[call], shares)
+    assert all(loss > 0 and gradient.any() for loss, _, gradient in alone)
+
+
 @pytest.mark.parametrize("name", processes.LOSSES)
 def test_processes_train_as_one_with_the_whole_batch(of_processes, name):
-    loss_fn = GlobalBatchLoss(processes.LOSSES[name](), seed=7)
-    alone = processes.train(processes.make_model(), loss_fn)
+    alone = processes.train(processes.make_model(), GlobalBatchLoss(processes.LOSSES[name](), seed=7))
     for results in of_processes:
-        assert distance(results[name], alone) < 1e-6
+        assert distance(results["trained"][name], alone) < 1e-6
     assert distance(alone, processes.make_model().state_dict()) > 0.01
+
+
+@pytest.mark.parametrize("name", processes.SHARED)
+def test_each_process_does_its_share_of_the_work(of_processes, name):
+    B, W = 512, len(of_processes)
+    alone = processes.work_of(GlobalBatchLoss(processes.LOSSES[name]()), B)
+    for results in of_processes:
+        total, largest, saved = results["work"][name]
+        assert total < 1.25 * alone[0] / W
+        assert largest <= B * B / W  # distances of the own anchors from all embeddings
+        assert saved <= alone[2] + 20 * B  # the gathered embeddings, and a few numbers of each
+
+
+@pytest.mark.parametrize("name", processes.OURS)
+def test_what_a_global_loss_saves_grows_linearly(name):
+    half, whole = (processes.work_of(GlobalBatchLoss(processes.LOSSES[name]()), B)[2] for B in (256, 512))
+    assert whole <= 2.1 * half
+
+
+def test_half_precision_is_computed_in_float32(of_processes):
+    alone = processes.calls(GlobalBatchLoss(BatchAllTripletLoss(1.0)), dtype=torch.bfloat16)
+    for results in of_processes:
+        for (loss, count, gradient), expected in zip(results["bfloat16"], alone):
+            assert float(loss) == pytest.approx(float(expected[0]), rel=1e-6)
+            assert count == expected[1]
+            assert gradient.dtype == torch.bfloat16
+
+
+def test_validation_is_that_of_the_loss_alone_over_all_processes(of_processes):
+    expected, count = BatchAllTripletLoss(1.0)(*processes.embeddings_of(0))
+    for results in of_processes:
+        assert float(results["validation"][0]) == pytest.approx(float(expected), rel=1e-6)
+        assert results["validation"][1] == count
+
+
+def test_labels_of_any_kind_are_gathered(of_processes):
+    for name, convert in processes.LABELS.items():
+        expected = processes.of_labels(convert)
+        for results in of_processes:
+            assert float(results["labels"][name]) == pytest.approx(float(expected), rel=1e-6), name
+
+
+def test_labels_that_are_no_numbers_are_refused_in_words(of_processes):
+    assert all("labels that are numbers" in results["strings"] for results in of_processes)
+
+
+def test_second_derivatives_over_processes_are_refused_in_words(of_processes):
+    for results in of_processes:
+        for name, message in results["second"].items():
+            assert "second derivative" in message, name
+
+
+@pytest.mark.parametrize("name", processes.OURS)
+def test_references_of_all_processes_are_compared_with(of_processes, name):
+    alone = processes.of_two_encoders(name)
+    for k in (0, 1):  # the gradient of the embeddings, and that of the references
+        together = [
+            (*results["two encoders"][name][:2], results["two encoders"][name][2 + k]) for results in of_processes
+        ]
+        assert_as_in_one(together, (*alone[:2], alone[2 + k]), processes.SHARES[len(of_processes)][1 + k])
+
+
+def test_processes_resume_their_draws(of_processes):
+    for results in of_processes:
+        went_on, resumed = results["resumed draws"]
+        for call, other in zip(went_on, resumed):
+            assert all(torch.equal(x, y) for x, y in zip(call, other))
+        assert went_on[0][0] != went_on[1][0]
+
+
+def test_a_group_of_processes_is_a_batch_of_its_own(of_processes):
+    for group in range(len(of_processes) // 2):
+        embeddings, labels = processes.embeddings_of(group)
+        loss, count = BatchAllTripletLoss(1.0)(embeddings.requires_grad_(), labels)
+        alone = (loss.detach(), count, *torch.autograd.grad(loss, embeddings))
+        together = [results["pairs of processes"] for results in of_processes[2 * group : 2 * group + 2]]
+        assert_as_in_one(together, alone, [12, 12])
 
 
 @pytest.mark.parametrize("way", ["no factor", "local", "detached"])
@@ -76,13 +171,11 @@ def test_embeddings_of_different_widths_are_an_error(of_processes):
     assert all("one D in all processes" in results["message"] for results in of_processes)
 
 
-def test_global_loss_of_one_process_is_the_loss():
-    embeddings, labels = torch.randn(12, 3, requires_grad=True), torch.arange(12) % 3
-    loss_fn = BatchAllTripletLoss(1.0)
-    expected, count = loss_fn(embeddings, labels)
-    loss, own_count = GlobalBatchLoss(loss_fn)(embeddings, labels)
-    assert (loss, own_count) == (expected, count)
-    assert torch.equal(torch.autograd.grad(loss, embeddings)[0], torch.autograd.grad(expected, embeddings)[0])
+@pytest.mark.parametrize("name", processes.FIXED)
+def test_global_loss_of_one_process_is_the_loss(name):
+    expected = processes.calls(processes.FIXED[name]())
+    for call, expected_call in zip(processes.calls(GlobalBatchLoss(processes.FIXED[name]())), expected):
+        assert all(torch.equal(x, y) for x, y in zip(call, expected_call))
 
 
 def test_global_loss_draws_by_its_seed_and_leaves_the_callers_generator_alone():
