@@ -155,12 +155,12 @@ class _OnlineLoss(nn.Module):
         """
         name = type(self).__name__
         question = _ask(name, self.offline, embeddings, target, unexpected, reference, reference_target)
-        return self._result(question.points, *self._sums(question))
+        return self._result(question.points.dtype, *self._sums(question))
 
     def _sums(self, question):
         """Total, and the numbers of active and of averaged terms: 0-dim tensors, the first of which has a graph."""
         question.indices = self._indices(question)
-        if torch.compiler.is_compiling():  # a graph of its own, of fixed shapes
+        if torch.compiler.is_compiling() or getattr(self.margin, "requires_grad", False):  # one graph, of fixed shapes
             comparison = question.compare(question.points, may_read=False)
             return _plain_sums(self, comparison, self._selection(comparison, question))
         wants_gradient = torch.is_grad_enabled() and question.points.requires_grad
@@ -170,8 +170,8 @@ class _OnlineLoss(nn.Module):
         """What a selector of the user's own selects, or None."""
         return None
 
-    def _result(self, points, total, n_active, n_averaged):
-        return (total / n_averaged.clamp(min=1)).to(points.dtype), n_active
+    def _result(self, dtype, total, n_active, n_averaged):
+        return (total / n_averaged.clamp(min=1)).to(dtype), n_active
 
 
 class OnlineContrastiveLoss(_OnlineLoss):
@@ -214,35 +214,30 @@ class OnlineContrastiveLoss(_OnlineLoss):
         blocks = [question.indices]
         if question.indices is None:
             blocks = self.pair_selector.pair_blocks(comparison, question.share)
-        return [
-            part for block in blocks for part in (_chunks(comparison, block) if torch.is_tensor(block[0]) else [block])
-        ]
+        return [part for block in blocks for part in _chunks(comparison, block)]
 
     def _block(self, comparison, block):
         rows, columns, mask = block
-        pairs = (_SomePairs if torch.is_tensor(rows) else _AllPairs)(comparison, rows, columns, is_near_exact=True)
-        is_same = mask if torch.is_tensor(rows) else pairs.are_of_one_class()
+        if torch.is_tensor(rows):
+            pairs, is_same, is_pair = _SomePairs(comparison, rows, columns, is_near_exact=True), mask, None
+        else:
+            pairs, is_pair = _AllPairs(comparison, rows, columns, is_near_exact=True), mask
+            is_same = pairs.are_of_one_class()
         squared = pairs.squared.to(comparison.dtype)
         distances = _sqrt(squared)
         hinge = F.relu(self.margin - distances)
         losses = torch.where(is_same, squared, hinge.square())
         slopes = torch.where(is_same, 1, -hinge * _inverse(distances))
-        n_pairs = is_same.numel()
-        if mask is None:
-            if comparison.start == 0:  # once each, above the diagonal
-                losses, slopes, n_pairs = (
-                    losses.triu(1),
-                    slopes.triu(1),
-                    n_pairs - len(is_same) * (len(is_same) + 1) // 2,
-                )
-        elif mask is not is_same:
-            losses, slopes, n_pairs = losses.masked_fill(~mask, 0), slopes.masked_fill(~mask, 0), mask.sum()
-        if not torch.is_tensor(n_pairs):
-            n_pairs = torch.full((), n_pairs, device=losses.device)
+        if is_pair is None and is_same.dim() == 2 and comparison.start == 0:  # once each, above the diagonal
+            is_pair = torch.ones_like(is_same).triu_(1)
+        if is_pair is None:
+            n_pairs = torch.full((), is_same.numel(), device=losses.device)
+        else:
+            losses, slopes, n_pairs = losses.masked_fill(~is_pair, 0), slopes.masked_fill(~is_pair, 0), is_pair.sum()
         return losses.sum(dtype=pairs.squared.dtype), n_pairs, n_pairs, pairs, slopes.to(pairs.squared.dtype)
 
-    def _result(self, points, total, n_active, n_averaged):
-        return super()._result(points, total, n_active, n_averaged)[0]
+    def _result(self, dtype, total, n_active, n_averaged):
+        return super()._result(dtype, total, n_active, n_averaged)[0]
 
 
 class OnlineTripletLoss(_OnlineLoss):
@@ -303,7 +298,7 @@ class OnlineTripletLoss(_OnlineLoss):
         if callable(block):
             first, last, *triplets = block()
             if triplets[1] is None:
-                return self._all_negatives(comparison, first, last, *triplets)
+                return self._all_negatives(comparison, first, last, *triplets[::2])
             rows, block = (first, last), _flat(comparison, first, last, *triplets)
         else:
             rows = (0, comparison.n_anchors)
@@ -331,7 +326,7 @@ class OnlineTripletLoss(_OnlineLoss):
             return losses, (slope, -slope)
         return losses, (slope * _inverse(d_ap) / 2, -slope * _inverse(d_an) / 2)
 
-    def _all_negatives(self, comparison, first, last, positive, _, is_positive):
+    def _all_negatives(self, comparison, first, last, positive, is_positive):
         """Every triplet of these positives (b, K), by counting or, the soft margin, one by one."""
         if not self.soft_margin:
             both_directions = self.triplet_selector.both_directions
@@ -452,7 +447,7 @@ class GlobalBatchLoss(nn.Module):
         else:
             n_processes = 1
         self.n_calls += 1
-        with _seeded(self.seed + self.n_calls, embeddings.device):
+        with _seeded(self.seed + self.n_calls, getattr(embeddings, "device", torch.device("cpu"))):
             if n_processes == 1:
                 return self.loss_fn(embeddings, target, *unexpected, **references)
             offline = "the outputs of SiameseNet and TripletNet need no gathering"
@@ -476,7 +471,7 @@ class GlobalBatchLoss(nn.Module):
         of_all = torch.stack((total.detach(), *(n.to(total.dtype) for n in counts)))  # float64 counts to 2^53
         torch.distributed.all_reduce(of_all, group=group)
         total = total + (of_all[0] - total.detach())  # the value of all, with the gradient of the own anchors
-        return loss_fn._result(points, total, *of_all[1:].long())
+        return loss_fn._result(points.dtype, total, *of_all[1:].long())
 
     def get_extra_state(self) -> int:
         """The number of calls, for the state dict: the next draws depend on it."""
@@ -535,7 +530,7 @@ class MemoryLoss(nn.Module):
         if not self.training:
             return self.loss_fn(embeddings, target, *unexpected)
         question = _ask("MemoryLoss", self.loss_fn.offline, embeddings, target, unexpected)
-        return self._result(question.points, *self._sums(question))
+        return self._result(question.points.dtype, *self._sums(question))
 
     def _sums(self, question):
         if not self.training:
@@ -555,8 +550,8 @@ class MemoryLoss(nn.Module):
         self.labels = torch.cat((kept_labels[max(0, len(kept) - n_old) :], labels[-self.size :]))
         return sums
 
-    def _result(self, points, *sums):
-        return self.loss_fn._result(points, *sums)
+    def _result(self, dtype, *sums):
+        return self.loss_fn._result(dtype, *sums)
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """The memory, for the state dict."""
@@ -999,9 +994,10 @@ def _flat(comparison, first, last, positive, negative, is_chosen):
 
 
 def _chunks(comparison, indices):
-    """Indices (T,) each, in parts of which the points, of D numbers each, fit a processor's cache."""
-    n_pairs, n_all = len(indices[0]), comparison.n_anchors * comparison.R
-    if not comparison.may_read or _is_looked_up(n_pairs, n_all):
+    """Indices (T,) each, in parts whose points, of D numbers each, fit a processor's cache; ranges as they are."""
+    if not comparison.may_read or not torch.is_tensor(indices[0]):
+        return [indices]
+    if _is_looked_up(len(indices[0]), comparison.n_anchors * comparison.R):
         return [indices]
     size = max(256, 2**17 // max(1, comparison.x.shape[1]))
     return list(zip(*(x.split(size) for x in indices)))

@@ -57,6 +57,13 @@ class LoopPairs(PairSelector):
         return torch.tensor(positive), torch.tensor([pair[1:] for pair in negative])
 
 
+class AllIndices(TripletSelector):
+    """All triplets, formed: `OnlineTripletLoss` counts those of `AllTripletSelector` itself instead."""
+
+    def get_triplets(self, embeddings, labels):
+        return utils.AllTripletSelector(both_directions=True).get_triplets(embeddings, labels)
+
+
 class LoopBatchHard(TripletSelector):
     """Batch-hard triplets by a loop over anchors and samples."""
 
@@ -98,7 +105,7 @@ def naive():
         return "loop", triplet(utils.FunctionNegativeTripletSelector(MARGIN, function))
 
     return {
-        "batch-all": ("triplets", triplet(utils.AllTripletSelector(both_directions=True))),
+        "batch-all": ("triplets", triplet(AllIndices())),
         "hardest": choose(utils.hardest_negative),
         "random": choose(utils.random_hard_negative),
         "semi-hard": choose(functools.partial(utils.semihard_negative, margin=MARGIN)),
