@@ -1050,7 +1050,8 @@ def _checked_indices(selected, question, width):
 
 
 def _check_margin(margin, lowest=-math.inf):
-    if not math.isfinite(margin) or margin < lowest:
+    value = float(margin.detach() if torch.is_tensor(margin) else margin)  # a margin may be learned
+    if not math.isfinite(value) or value < lowest:
         raise ValueError(f"expected a finite margin{' of at least 0' if lowest == 0 else ''}, got {margin}")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.optim.swa_utils import AveragedModel
@@ -902,6 +903,7 @@ def test_compiled_training_ends_in_the_same_weights(name):
     weights, values = [], []
     for compile in (False, True):
         torch.compiler.reset()
+        counters.clear()
         model = make_model()
         loader = DataLoader(data, 20)
         metrics = [EmbeddingMetric(count_rows)] if name == "batch-all" else []
@@ -913,6 +915,8 @@ def test_compiled_training_ends_in_the_same_weights(name):
         values.append([row[key] for row in history for key in ("train_loss", "val_loss", "val_rows") if row.get(key)])
     assert all(torch.allclose(weights[0][key], weights[1][key], rtol=0, atol=1e-5) for key in weights[0])
     assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_what_a_replayed_step_returns_is_kept_as_copies_with_their_graph():

@@ -550,6 +550,26 @@ def test_equal_margin_and_distance_do_not_warn(squared):
         OnlineTripletLoss(0.3, BatchHardTripletSelector(), squared=squared)
 
 
+# A margin that is learned
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda margin: BatchAllTripletLoss(margin, average="all"),
+        lambda margin: OnlineTripletLoss(margin, AllTripletSelector()),
+        lambda margin: OnlineTripletLoss(margin, BatchHardTripletSelector(), soft_margin=True),
+        lambda margin: OnlineContrastiveLoss(margin, HardNegativePairSelector()),
+    ],
+)
+def test_margin_that_is_a_parameter_gets_a_gradient(make):
+    embeddings, labels, step = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 3, 1e-5
+    loss_fn = make(torch.nn.Parameter(torch.tensor(1.0, dtype=torch.float64)))
+    value_and_gradient(loss_fn, embeddings, labels)
+    above, below = (value_and_gradient(make(1.0 + s), embeddings, labels)[0] for s in (step, -step))
+    assert loss_fn.margin.grad.item() == pytest.approx(float(above - below) / (2 * step), rel=1e-4)
+
+
 # Wrong arguments
 
 
