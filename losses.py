@@ -11,8 +11,10 @@ Letters: A anchors, R references, B batch, D embedding dimension, K samples of t
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -213,7 +215,7 @@ class OnlineContrastiveLoss(_OnlineLoss):
     def _selection(self, comparison, question):
         blocks = [question.indices]
         if question.indices is None:
-            blocks = self.pair_selector.pair_blocks(comparison, question.share)
+            blocks = self.pair_selector.pair_blocks(comparison, question.share, question.n_shares)
         return [part for block in blocks for part in _chunks(comparison, block)]
 
     def _block(self, comparison, block):
@@ -456,7 +458,7 @@ class GlobalBatchLoss(nn.Module):
     def _of_all(self, question):
         _check_numbers("GlobalBatchLoss", *question.given[1::2])
         group, loss_fn = self.process_group, self.loss_fn
-        is_shared = isinstance(loss_fn, (_OnlineLoss, MemoryLoss))
+        is_shared = _is_ours(loss_fn)
         parts = [_gather(*part, group, is_shared) for part in question.parts()]  # the batch, and references if given
         _, _, first, last = parts[0]
         given = tuple(x for part in parts for x in part[:2])
@@ -466,11 +468,12 @@ class GlobalBatchLoss(nn.Module):
         n_anchors = len(given[0])
         start = n_anchors if len(parts) > 1 else 0
         rank, W = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        question = _Question(points, labels, n_anchors, start, first, last, slice(rank, None, W), given)
+        question = _Question(points, labels, n_anchors, start, first, last, given, rank, W)
         total, *counts = loss_fn._sums(question)
         of_all = torch.stack((total.detach(), *(n.to(total.dtype) for n in counts)))  # float64 counts to 2^53
         torch.distributed.all_reduce(of_all, group=group)
-        total = total + (of_all[0] - total.detach())  # the value of all, with the gradient of the own anchors
+        total = W * total  # DistributedDataParallel takes the mean over processes of the gradients of their anchors
+        total = total + (of_all[0] - total.detach())  # the value is that of all
         return loss_fn._result(points.dtype, total, *of_all[1:].long())
 
     def get_extra_state(self) -> int:
@@ -502,9 +505,9 @@ class MemoryLoss(nn.Module):
 
     def __init__(self, loss_fn: Any, size: int) -> None:
         super().__init__()
-        if not isinstance(loss_fn, _OnlineLoss):
+        if not _is_ours(loss_fn) or isinstance(loss_fn, MemoryLoss):
             name = type(loss_fn).__name__
-            raise TypeError(f"expected an online loss, which takes references, got {name}")
+            raise TypeError(f"expected an online loss of losses.py, with its own forward, got {name}")
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"expected a size of at least 1, got {size!r}")
         self.loss_fn = loss_fn
@@ -573,8 +576,9 @@ class _Question:
     start: int
     first: int  # of the anchors whose triplets are this process's share
     last: int
-    share: slice  # of lists of pairs, or of blocks of them: every W-th
     given: tuple  # for a selector of the user's own: embeddings, labels and perhaps references and theirs
+    share: int = 0  # of lists of pairs, or of blocks of them: every `n_shares`-th from here on
+    n_shares: int = 1
     indices: Any = None  # what that has selected
     selection: Any = None  # what has been selected, for derivatives of the gradient
 
@@ -597,15 +601,15 @@ class _OnePass(torch.autograd.Function):
     def forward(points, loss, question, wants_gradient):
         comparison = question.compare(points, may_read=points.device.type == "cpu")
         gradient = _Gradient(comparison) if wants_gradient else None
-        sums, selection = None, loss._selection(comparison, question)
+        sums, selection = [], loss._selection(comparison, question)
         for block in selection:
             *of_block, pairs, slopes = loss._block(comparison, block)
-            sums = _add(sums, of_block)
+            sums.append(of_block)
             if wants_gradient:
                 pairs.add_gradient(gradient, slopes)
         question.selection = selection
-        sums = _add(sums, _nothing(comparison))
-        return *sums, gradient.value().to(points.dtype) if wants_gradient else points.new_empty(0)
+        sums, zero = _added(sums, comparison)
+        return *sums, gradient.value().add_(zero).to(points.dtype) if wants_gradient else points.new_empty(0)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -623,6 +627,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, points, loss, question, wants_gradient):
         ones = points.unbind(in_dims[0])
+        wants_gradient = torch.is_grad_enabled()  # of a batched tensor it is not known
         results = [_OnePass.apply(one, loss, copy.copy(question), wants_gradient) for one in ones]
         return tuple(map(torch.stack, zip(*results))), (0, 0, 0, 0)
 
@@ -650,14 +655,13 @@ class _GradientOfTotal(torch.autograd.Function):
             (of_points,) = torch.autograd.grad(total, points, create_graph=True)
         create_graph = torch.is_grad_enabled()
         (product,) = torch.autograd.grad(of_points, points, of_total * direction, create_graph=create_graph)
-        return (gradient * direction).sum(), product, None, None, None
+        return ((of_points if create_graph else gradient) * direction).sum(), product, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, of_total, points, gradient, loss, question):
-        of_total, gradient = (
-            x if dim is None else x.movedim(dim, 0) for x, dim in zip((of_total, gradient), in_dims[::2])
-        )
-        return of_total.reshape(-1, 1, 1) * gradient, 0
+        tensors = list(zip((of_total, points, gradient), in_dims))
+        ones = ([x if dim is None else x.select(dim, i) for x, dim in tensors] for i in range(info.batch_size))
+        return torch.stack([_GradientOfTotal.apply(*one, loss, question) for one in ones]), 0
 
 
 class _Gradient:
@@ -770,7 +774,7 @@ class _Comparison:
             self.begin, self.end = (
                 values[start:][self.order].searchsorted(values[:n_anchors], side)[:, None] for side in ("left", "right")
             )
-            self.K = int((self.end - self.begin).max(initial=0))
+            self.K = int(max((self.end - self.begin).max(), 0)) if n_anchors else 0
 
     def blocks(self, first, last, n_least=1):
         """Ranges of anchors: on a CPU 128, or as many as make 2^18 distances, which its cache holds; on a GPU 2^24."""
@@ -825,20 +829,17 @@ class _Comparison:
 
 def _plain_sums(loss, comparison, selection):
     """Sums of blocks as one graph."""
-    sums = None
-    for block in selection:
-        sums = _add(sums, loss._block(comparison, block)[:3])
-    return _add(sums, _nothing(comparison))
+    return _added([loss._block(comparison, block)[:3] for block in selection], comparison)[0]
 
 
-def _add(sums, others):
-    return others if sums is None else [x if y is None else x + y for x, y in zip(sums, others)]
-
-
-def _nothing(comparison):
-    """A total of zero, NaN where squares are not finite, so that none goes unseen, and no counts."""
-    none = torch.zeros((), dtype=torch.int64, device=comparison.x.device)
-    return [comparison.squared_norms.sum().to(comparison.dtype).to(comparison.x.dtype) * 0, none, none]
+def _added(sums, comparison):
+    """Total and counts of all blocks, and a zero in the total: NaN where squares are not finite, to be seen."""
+    zero = comparison.squared_norms.sum().to(comparison.dtype).to(comparison.x.dtype) * 0
+    if not sums:
+        none = torch.zeros((), dtype=torch.int64, device=zero.device)
+        return (zero, none, none), zero
+    total, n_active, n_averaged = (functools.reduce(operator.add, parts) for parts in zip(*sums))
+    return (zero + total, n_active, n_averaged), zero
 
 
 def _all_triplets(comparison, first, last, margin, squared, both_directions):
@@ -865,7 +866,7 @@ def _count_active(comparison, first, last, distances, margin, both_directions):
     thresholds, rank = (of_class + margin).masked_fill_(~is_positive, -torch.inf).sort(dim=1)
     negative = distances.scatter_(1, column, of_class.masked_fill(is_class, torch.inf))  # (b, R)
     place = _place(thresholds, negative, comparison.may_read)  # (b, R), K of what is no negative
-    n_at_place = torch.zeros(len(place), K + 1, device=place.device)  # float32 counts to 2^24
+    n_at_place = torch.zeros(len(place), K + 1, dtype=torch.float32, device=place.device)  # which counts to 2^24
     n_at_place.scatter_add_(1, place.long(), torch.ones_like(place, dtype=torch.float32))
     n_negatives = n_at_place.cumsum(dim=1)[:, :K].to(comparison.x.dtype)
     n_negatives = torch.empty_like(n_negatives).scatter_(1, rank, n_negatives)  # (b, K)
@@ -890,7 +891,7 @@ def _place(thresholds, distances, may_read):
 class _GatherRows(torch.autograd.Function):
     """The rows (n, D) of all processes, (sum of n, D); backward each gets its part of the gradients of all, summed.
 
-    Times the processes, since DistributedDataParallel takes their mean.
+    Where each has computed all instead of a share, its own part times the processes, since their mean is taken.
     """
 
     @staticmethod
@@ -914,21 +915,23 @@ class _GatherRows(torch.autograd.Function):
             gradient = gradient.contiguous()
             if ctx.is_shared:  # else every process has computed all of it
                 torch.distributed.all_reduce(gradient, group=ctx.group)
-            return len(sizes) * gradient.split(sizes)[rank], None, None, None
+            return (1 if ctx.is_shared else len(sizes)) * gradient.split(sizes)[rank], None, None, None
         padded = gradient.new_zeros(len(sizes), max(sizes), *gradient.shape[1:])
         for part, own in zip(padded, gradient.split(sizes)):
             part[: len(own)] = own
         own = torch.empty_like(padded[0])
         torch.distributed.reduce_scatter_tensor(own, padded.flatten(0, 1), group=ctx.group)
-        return len(sizes) * own[: sizes[rank]], None, None, None
+        return own[: sizes[rank]], None, None, None
 
 
 def _gather(points, labels, group, is_shared):
     """Points and labels of all processes, and where the own ones begin and end."""
-    shape = torch.tensor(points.shape, device=points.device)
+    shape = torch.tensor((*points.shape, labels.is_floating_point()), device=points.device)
     shapes = [torch.empty_like(shape) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(shapes, shape, group=group)
-    sizes, widths = zip(*(shape.tolist() for shape in shapes))
+    sizes, widths, kinds = zip(*(shape.tolist() for shape in shapes))
+    if len(set(kinds)) > 1:
+        raise TypeError("expected labels of one kind in all processes, got whole numbers and others")
     if len(set(widths)) > 1:
         raise ValueError(f"expected embeddings of one D in all processes, got {', '.join(map(str, widths))}")
     rank = torch.distributed.get_rank(group)
@@ -1008,10 +1011,17 @@ def _is_looked_up(n_pairs, n_all):
     return 16 * n_pairs >= n_all and n_all <= 2**22
 
 
+def _is_ours(loss_fn):
+    """Whether a loss is an online one or a memory of one, and no subclass has put another forward in its place."""
+    if isinstance(loss_fn, MemoryLoss):
+        return type(loss_fn).forward is MemoryLoss.forward
+    return isinstance(loss_fn, _OnlineLoss) and type(loss_fn).forward is _OnlineLoss.forward
+
+
 def _offers_blocks(selector, question):
-    offers = getattr(selector, "offers_blocks", None)
-    is_share = question.share != slice(None)
-    return offers is not None and offers(question.points.device, is_share)
+    """Whether a selector is asked block by block: its class says so, and not what it may hand attributes on to."""
+    is_able = hasattr(type(selector), "offers_blocks")
+    return is_able and selector.offers_blocks(question.points.device, is_share=question.n_shares > 1)
 
 
 def _ask_selector(method, question, width):
@@ -1024,10 +1034,13 @@ def _ask_selector(method, question, width):
     selected = method(embeddings, labels, **keywords)
     is_of_memory = bool(references) and question.start == 0  # whose references hold the batch
     once = width == 2 or not getattr(getattr(method, "__self__", None), "both_directions", True)
-    chosen = [_checked_indices(x, question, width) for x in (selected if width == 2 else (selected,))]
+    parts = selected if width == 2 else (selected,)
+    if len(parts) != 4 - width:
+        raise ValueError(f"expected positive and negative pairs of the selector, got {len(parts)} parts")
+    chosen = [_checked_indices(x, question, width) for x in parts]
     if is_of_memory:  # no sample is its own positive, and pairs that are taken once are within the batch too
         chosen = [x[x[:, 0] < x[:, 1] if once else x[:, 0] != x[:, 1]] for x in chosen]
-    return [x[question.share] for x in chosen]
+    return [x[question.share :: question.n_shares] for x in chosen]
 
 
 def _takes(method, keywords):
@@ -1037,7 +1050,10 @@ def _takes(method, keywords):
 
 def _checked_indices(selected, question, width):
     device, n_references = question.points.device, len(question.points) - question.start
-    indices = torch.as_tensor(selected, device=device)
+    indices = selected if torch.is_tensor(selected) else torch.from_numpy(np.array(selected))  # copied for its strides
+    if indices.numel() and (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool):
+        raise TypeError(f"expected whole numbers as indices of the selector, got {indices.dtype}")
+    indices = indices.to(device)
     indices = indices.to(torch.int64) if indices.numel() else indices.new_empty((0, width), dtype=torch.int64)
     if indices.dim() != 2 or indices.shape[1] != width:
         raise ValueError(f"expected indices of shape (T, {width}) of the selector, got {tuple(indices.shape)}")
@@ -1102,7 +1118,7 @@ def _ask(name, offline, embeddings, target, unexpected, reference=None, referenc
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     B = len(embeddings)
     start = B if len(parts) > 1 else 0
-    return _Question(points, codes, B, start, 0, B, slice(None), tuple(x for part in parts for x in part))
+    return _Question(points, codes, B, start, 0, B, tuple(x for part in parts for x in part))
 
 
 def _code_labels(device, *labels_and_lengths):
@@ -1114,7 +1130,7 @@ def _code_labels(device, *labels_and_lengths):
         if shape not in ((length,), (length, 1)):
             raise ValueError(f"expected one label for each embedding, shape ({length},), got shape {shape}")
         parts.append(labels.reshape(length))
-    if not all(torch.is_tensor(part) or part.dtype.kind in "biuf" for part in parts):
+    if not all(not part.is_complex() if torch.is_tensor(part) else part.dtype.kind in "biuf" for part in parts):
         values = [part.cpu().numpy() if torch.is_tensor(part) else part for part in parts if len(part)]
         kinds = {type(value).__name__ for part in values for value in part.tolist()}
         if len(kinds) > 1 or any(value != value for part in values for value in part.tolist()):

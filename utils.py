@@ -88,23 +88,23 @@ class _ComparingPairSelector(PairSelector):
         """Whether `pair_blocks` stands for `get_pairs`: not where that is another's, or on another device."""
         return _has_own(self, _ComparingPairSelector.get_pairs) and not (self.cpu and device.type != "cpu")
 
-    def pair_blocks(self, comparison: Any, share: slice) -> list:
-        """What `OnlineContrastiveLoss` asks for: a share of the pairs, all or every W-th, block by block.
+    def pair_blocks(self, comparison: Any, share: int = 0, n_shares: int = 1) -> list:
+        """What `OnlineContrastiveLoss` asks for: the pairs, or one of several shares of them, block by block.
 
         An entry is `(rows, columns, is_pair)`, ranges of anchors and of references with a mask (b, c) or None: all are
         pairs, those of one batch once; or it is `(anchor, column, is_positive)`, indices (P,) and a mask.
         """
         if not self.balance:
-            blocks = comparison.blocks(0, comparison.n_anchors, n_least=4 * (share.step or 0) or 1)[share]
-            return [(*_ranges(comparison, first, last), None) for first, last in blocks]
+            blocks = comparison.blocks(0, comparison.n_anchors, n_least=4 * n_shares if n_shares > 1 else 1)
+            return [(*_ranges(comparison, first, last), None) for first, last in blocks[share::n_shares]]
         choose = self._chosen_indices if comparison.may_read else self._chosen_masks
-        return [choose(comparison, share)]
+        return [choose(comparison, share, n_shares)]
 
-    def _chosen_indices(self, comparison, share):
+    def _chosen_indices(self, comparison, share, n_shares):
         positive, negative = self._pairs(comparison)
         anchor, column = np.concatenate((positive, negative), axis=1)
         is_positive = np.arange(len(anchor)) < positive.shape[1]
-        found = (x[share] for x in (anchor, column, is_positive))
+        found = (x[share::n_shares] for x in (anchor, column, is_positive))
         return tuple(torch.from_numpy(x).to(comparison.x.device) for x in found)
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class _ComparingPairSelector(PairSelector):
         return positive, self._negative_pairs(comparison, *positive)
 
     @torch.no_grad()
-    def _chosen_masks(self, comparison, share):
+    def _chosen_masks(self, comparison, share, n_shares):
         # As many negative pairs as positive ones without reading how many: the first of all in order. O(A R) memory.
         rows, columns = _ranges(comparison, 0, comparison.n_anchors)
         is_positive, is_negative = _masks(comparison, rows, columns)
@@ -122,9 +122,8 @@ class _ComparingPairSelector(PairSelector):
         is_first = torch.arange(len(order), device=order.device) < is_positive.sum()
         is_chosen = is_negative & torch.empty_like(is_first).scatter_(0, order, is_first).view_as(is_negative)
         is_pair = is_positive | is_chosen
-        if share.step is not None:  # in rows, of which a range is computed
-            n = len(is_pair)
-            rows = slice(n * share.start // share.step, n * (share.start + 1) // share.step)
+        if n_shares > 1:  # of rows
+            rows = slice(len(is_pair) * share // n_shares, len(is_pair) * (share + 1) // n_shares)
         return rows, columns, is_pair[rows]
 
     def _negative_pairs(self, comparison, anchor, column):
@@ -392,6 +391,12 @@ class FunctionNegativeTripletSelector(_ComparingTripletSelector):
         is_able = device.type == "cpu" and not torch.compiler.is_compiling() and not is_share
         return super().offers_blocks(device, is_share) and (is_ours or is_able)
 
+    def triplet_blocks(self, comparison: Any, first: int, last: int) -> list[Callable]:
+        """As of the other selectors; a function of your own is called once a pair, second derivatives included."""
+        blocks = super().triplet_blocks(comparison, first, last)
+        is_ours = type(self)._choose is not FunctionNegativeTripletSelector._choose
+        return blocks if is_ours else [functools.cache(block) for block in blocks]
+
     def _choose(self, comparison, column, positive, negative, uniform):
         is_positive, chosen = positive >= 0, torch.full_like(column, -1)  # NaN is no distance
         rows, positives = negative.cpu().numpy(), positive.cpu().numpy()
@@ -566,7 +571,7 @@ class _Comparison:
             self.begin, self.end = (
                 values[start:][self.order].searchsorted(values[:n_anchors], side)[:, None] for side in ("left", "right")
             )
-            self.K = int((self.end - self.begin).max(initial=0))
+            self.K = int(max((self.end - self.begin).max(), 0)) if n_anchors else 0
 
     def blocks(self, first, last, n_least=1):
         """Ranges of anchors: on a CPU 128, or as many as make 2^18 distances, which its cache holds; on a GPU 2^24."""
@@ -747,7 +752,7 @@ def _code_labels(device, *labels_and_lengths):
         if shape not in ((length,), (length, 1)):
             raise ValueError(f"expected one label for each embedding, shape ({length},), got shape {shape}")
         parts.append(labels.reshape(length))
-    if not all(torch.is_tensor(part) or part.dtype.kind in "biuf" for part in parts):
+    if not all(not part.is_complex() if torch.is_tensor(part) else part.dtype.kind in "biuf" for part in parts):
         values = [part.cpu().numpy() if torch.is_tensor(part) else part for part in parts if len(part)]
         kinds = {type(value).__name__ for part in values for value in part.tolist()}
         if len(kinds) > 1 or any(value != value for part in values for value in part.tolist()):

@@ -24,8 +24,8 @@ N_PROCESSES = [1, 2, 4]
 def step(loss_fn, embeddings, labels, n_processes):
     """Forward and backward of the first process's share."""
     B = len(embeddings)
-    share = 0, B // n_processes, slice(0, None, n_processes)
-    question = losses._Question(embeddings, labels, B, 0, *share, (embeddings, labels))
+    given = embeddings, labels
+    question = losses._Question(embeddings, labels, B, 0, 0, B // n_processes, given, share=0, n_shares=n_processes)
     total, *_ = loss_fn._sums(question)
     torch.autograd.grad(total, embeddings)
 
