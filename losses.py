@@ -223,7 +223,7 @@ class OnlineContrastiveLoss(_OnlineLoss):
         if torch.is_tensor(rows):
             pairs, is_same, is_pair = _SomePairs(comparison, rows, columns, is_near_exact=True), mask, None
         else:
-            pairs, is_pair = _AllPairs(comparison, rows, columns, is_near_exact=True), mask
+            pairs, is_pair = _AllPairs(comparison, rows, columns.start, is_near_exact=True), mask
             is_same = pairs.are_of_one_class()
         squared = pairs.squared.to(comparison.dtype)
         distances = _sqrt(squared)
@@ -297,8 +297,8 @@ class OnlineTripletLoss(_OnlineLoss):
         return _chunks(comparison, question.indices)
 
     def _block(self, comparison, block):
-        if callable(block):
-            first, last, *triplets = block()
+        if len(block) == 2:  # a selector's function and its arguments
+            first, last, *triplets = block[0](*block[1])
             if triplets[1] is None:
                 return self._all_negatives(comparison, first, last, *triplets[::2])
             rows, block = (first, last), _flat(comparison, first, last, *triplets)
@@ -696,16 +696,16 @@ class _Gradient:
 class _AllPairs:
     """A block's anchors with references from `left` on: squared distances (b, c), and gradient from slopes by these."""
 
-    def __init__(self, comparison, rows, columns=slice(0, None), is_near_exact=False):
-        self.comparison, self.rows, self.columns = comparison, rows, columns
-        self.squared = comparison.distances(rows.start, rows.stop, columns.start)
+    def __init__(self, comparison, rows, left=0, is_near_exact=False):
+        self.comparison, self.rows, self.begin = comparison, rows, comparison.start + left
+        self.squared = comparison.distances(rows.start, rows.stop, left)
         if is_near_exact and comparison.may_read and self.squared.numel():
             self._measure_near_pairs()
 
     def _measure_near_pairs(self):
         # A product loses what two points differ by where that is 1e-4 of their norms: too much under a square root.
         (x, y), norms = self.points(), self.comparison.squared_norms
-        x_norms, y_norms = norms[self.rows], norms[self.comparison.start + self.columns.start :]
+        x_norms, y_norms = norms[self.rows], norms[self.begin :]
         is_near = self.squared < 1e-8 * (x_norms[:, None] + y_norms.max())
         near = torch.from_numpy(np.flatnonzero(is_near.numpy()))
         for place in near.split(max(2**10, 2**18 // max(1, x.shape[1]))):
@@ -714,13 +714,13 @@ class _AllPairs:
 
     def are_of_one_class(self):
         labels = self.comparison.labels
-        return labels[self.rows, None] == labels[self.comparison.start + self.columns.start :]
+        return labels[self.rows, None] == labels[self.begin :]
 
     def points(self):
-        return self.comparison.x[self.rows], self.comparison.x[self.comparison.start + self.columns.start :]
+        return self.comparison.x[self.rows], self.comparison.x[self.begin :]
 
     def add_gradient(self, gradient, slopes):
-        gradient.add_block(slopes, self.rows, slice(self.comparison.start + self.columns.start, None))
+        gradient.add_block(slopes, self.rows, slice(self.begin, None))
 
 
 class _SomePairs:

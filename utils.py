@@ -75,6 +75,11 @@ class _ComparingPairSelector(PairSelector):
 
     cpu = False
     balance = True  # as many negative pairs as positive ones, or all
+    is_replaced = False
+
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        cls.is_replaced = cls.is_replaced or "get_pairs" in vars(cls)
 
     @torch.no_grad()
     def get_pairs(
@@ -86,7 +91,7 @@ class _ComparingPairSelector(PairSelector):
 
     def offers_blocks(self, device: torch.device, is_share: bool = False) -> bool:
         """Whether `pair_blocks` stands for `get_pairs`: not where that is another's, or on another device."""
-        return _has_own(self, _ComparingPairSelector.get_pairs) and not (self.cpu and device.type != "cpu")
+        return _has_own(self, _ComparingPairSelector.get_pairs, "get_pairs") and not (self.cpu and device.type != "cpu")
 
     def pair_blocks(self, comparison: Any, share: int = 0, n_shares: int = 1) -> list:
         """What `OnlineContrastiveLoss` asks for: the pairs, or one of several shares of them, block by block.
@@ -251,6 +256,11 @@ class _ComparingTripletSelector(TripletSelector):
     both_directions = False
     generator: torch.Generator | None = None
     draws = False
+    is_replaced = False
+
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        cls.is_replaced = cls.is_replaced or "get_triplets" in vars(cls)
 
     @torch.no_grad()
     def get_triplets(
@@ -258,8 +268,8 @@ class _ComparingTripletSelector(TripletSelector):
     ) -> Tensor:
         comparison = _compare(embeddings, labels, reference, reference_labels, self.cpu)
         triplets = [torch.empty(0, 3, dtype=torch.int64, device=comparison.x.device)]
-        for choose in self.triplet_blocks(comparison, 0, comparison.n_anchors):
-            first, last, positive, negative, is_chosen = choose()
+        for choose, arguments in self.triplet_blocks(comparison, 0, comparison.n_anchors):
+            first, last, positive, negative, is_chosen = choose(*arguments)
             if negative is None:  # all of them
                 positive, negative, is_chosen = _with_all_negatives(comparison, first, last, positive, is_chosen)
             anchor = torch.arange(first, last, device=positive.device)[:, None].expand_as(is_chosen)
@@ -269,19 +279,22 @@ class _ComparingTripletSelector(TripletSelector):
 
     def offers_blocks(self, device: torch.device, is_share: bool = False) -> bool:
         """Whether `triplet_blocks` stands for `get_triplets`: not where that is another's, or on another device."""
-        return _has_own(self, _ComparingTripletSelector.get_triplets) and not (self.cpu and device.type != "cpu")
+        return _has_own(self, _ComparingTripletSelector.get_triplets, "get_triplets") and not (
+            self.cpu and device.type != "cpu"
+        )
 
-    def triplet_blocks(self, comparison: Any, first: int, last: int) -> list[Callable]:
+    def triplet_blocks(self, comparison: Any, first: int, last: int) -> list[tuple[Callable, tuple]]:
         """What `OnlineTripletLoss` asks for: the triplets of anchors `first` to `last`, block by block.
 
-        Each function returns `(first, last, positive, negative, is_chosen)`: a range of anchors, references (b, k),
-        (b, k) and which of these triplets are chosen. Where `negative` is None every negative is, with each positive.
+        An entry is a function with its arguments. It returns `(first, last, positive, negative, is_chosen)`: a range of
+        anchors, references (b, k), (b, k) and which of these triplets are chosen. Where `negative` is None every
+        negative is, with each positive.
         """
         # Draws belong to the anchor and the positive, whatever the blocks, the columns and the number of processes.
         keys = _draw_keys(comparison, self.generator) if self.draws else None
         if comparison.K == 0:
             return []
-        return [functools.partial(self._block, comparison, i, j, keys) for i, j in comparison.blocks(first, last)]
+        return [(self._block, (comparison, i, j, keys)) for i, j in comparison.blocks(first, last)]
 
     @torch.no_grad()
     def _block(self, comparison, first, last, keys=None):
@@ -391,11 +404,11 @@ class FunctionNegativeTripletSelector(_ComparingTripletSelector):
         is_able = device.type == "cpu" and not torch.compiler.is_compiling() and not is_share
         return super().offers_blocks(device, is_share) and (is_ours or is_able)
 
-    def triplet_blocks(self, comparison: Any, first: int, last: int) -> list[Callable]:
+    def triplet_blocks(self, comparison: Any, first: int, last: int) -> list[tuple[Callable, tuple]]:
         """As of the other selectors; a function of your own is called once a pair, second derivatives included."""
         blocks = super().triplet_blocks(comparison, first, last)
         is_ours = type(self)._choose is not FunctionNegativeTripletSelector._choose
-        return blocks if is_ours else [functools.cache(block) for block in blocks]
+        return blocks if is_ours else [(functools.cache(choose), arguments) for choose, arguments in blocks]
 
     def _choose(self, comparison, column, positive, negative, uniform):
         is_positive, chosen = positive >= 0, torch.full_like(column, -1)  # NaN is no distance
@@ -717,9 +730,11 @@ def _uniform(keys, column):
     return ((z ^ (z >> 31 & 2**33 - 1)) >> 40 & 2**24 - 1).to(torch.float32) / 2**24
 
 
-def _has_own(selector, method):
-    """Whether no subclass and no user has put another method in place of ours."""
-    return getattr(type(selector), method.__name__) is method and method.__name__ not in vars(selector)
+def _has_own(selector, method, name):
+    """Whether no subclass and no user has put another method in place of ours, `method`."""
+    if selector.is_replaced or name in selector.__dict__:
+        return False
+    return torch.compiler.is_compiling() or getattr(type(selector), name) is method  # which torch 2.4 cannot compile
 
 
 def _compare(embeddings, labels, reference, reference_labels, cpu):
