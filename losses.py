@@ -11,10 +11,8 @@ Letters: A anchors, R references, B batch, D embedding dimension, K samples of t
 import contextlib
 import copy
 import dataclasses
-import functools
 import inspect
 import math
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -601,14 +599,17 @@ class _OnePass(torch.autograd.Function):
     def forward(points, loss, question, wants_gradient):
         comparison = question.compare(points, may_read=points.device.type == "cpu")
         gradient = _Gradient(comparison) if wants_gradient else None
-        sums, selection = [], loss._selection(comparison, question)
+        sums, selection = _nothing(comparison), loss._selection(comparison, question)
+        zero = sums[0].clone()
         for block in selection:
             *of_block, pairs, slopes = loss._block(comparison, block)
-            sums.append(of_block)
+            for x, y in zip(
+                sums, of_block
+            ):  # in place: small tensors that stay would keep large ones from their places
+                x += y
             if wants_gradient:
                 pairs.add_gradient(gradient, slopes)
         question.selection = selection
-        sums, zero = _added(sums, comparison)
         return *sums, gradient.value().add_(zero).to(points.dtype) if wants_gradient else points.new_empty(0)
 
     @staticmethod
@@ -829,17 +830,16 @@ class _Comparison:
 
 def _plain_sums(loss, comparison, selection):
     """Sums of blocks as one graph."""
-    return _added([loss._block(comparison, block)[:3] for block in selection], comparison)[0]
+    sums = _nothing(comparison)
+    for block in selection:
+        sums = [x + y for x, y in zip(sums, loss._block(comparison, block))]
+    return sums
 
 
-def _added(sums, comparison):
-    """Total and counts of all blocks, and a zero in the total: NaN where squares are not finite, to be seen."""
+def _nothing(comparison):
+    """A total of zero, NaN where squares are not finite, so that none goes unseen, and two counts."""
     zero = comparison.squared_norms.sum().to(comparison.dtype).to(comparison.x.dtype) * 0
-    if not sums:
-        none = torch.zeros((), dtype=torch.int64, device=zero.device)
-        return (zero, none, none), zero
-    total, n_active, n_averaged = (functools.reduce(operator.add, parts) for parts in zip(*sums))
-    return (zero + total, n_active, n_averaged), zero
+    return [zero, *(torch.zeros((), dtype=torch.int64, device=zero.device) for _ in range(2))]
 
 
 def _all_triplets(comparison, first, last, margin, squared, both_directions):
