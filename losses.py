@@ -505,7 +505,7 @@ class MemoryLoss(nn.Module):
         super().__init__()
         if not _is_ours(loss_fn) or isinstance(loss_fn, MemoryLoss):
             name = type(loss_fn).__name__
-            raise TypeError(f"expected an online loss of losses.py, with its own forward, got {name}")
+            raise TypeError(f"expected an online loss, which takes references, with its own forward, got {name}")
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"expected a size of at least 1, got {size!r}")
         self.loss_fn = loss_fn
@@ -653,6 +653,8 @@ class _GradientOfTotal(torch.autograd.Function):
         with torch.enable_grad():
             comparison = ctx.question.compare(points, may_read=False)
             total, *_ = _plain_sums(ctx.loss, comparison, ctx.question.selection)
+            if not total.requires_grad:  # the points are of a transform that is over
+                raise RuntimeError("torch.func cannot differentiate this twice: use torch.autograd.functional.hessian")
             (of_points,) = torch.autograd.grad(total, points, create_graph=True)
         create_graph = torch.is_grad_enabled()
         (product,) = torch.autograd.grad(of_points, points, of_total * direction, create_graph=create_graph)

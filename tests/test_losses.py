@@ -550,6 +550,64 @@ def test_equal_margin_and_distance_do_not_warn(squared):
         OnlineTripletLoss(0.3, BatchHardTripletSelector(), squared=squared)
 
 
+# What stands in a loss's or a selector's place
+
+
+class Delegating:
+    """Hands all attributes on to a selector, but selects by itself."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["inner"], name)
+
+    def get_triplets(self, embeddings, labels):
+        return self.inner.get_triplets(embeddings, labels)[:1]
+
+
+def test_selector_that_wraps_one_of_ours_is_asked_itself():
+    embeddings, labels = torch.randn(30, 4), torch.arange(30) % 5
+    loss_fn = OnlineTripletLoss(100.0, Delegating(AllTripletSelector()))
+    assert int(loss_fn(embeddings, labels)[1]) == 1
+
+
+def test_loss_with_a_forward_of_its_own_is_not_passed_over():
+    class Normalised(BatchAllTripletLoss):
+        def forward(self, embeddings, target):
+            return super().forward(torch.nn.functional.normalize(embeddings), target)
+
+    with pytest.raises(TypeError, match="its own forward, got Normalised"):
+        losses.MemoryLoss(Normalised(1.0), 10)
+
+
+def test_losses_do_not_depend_on_the_default_dtype():
+    embeddings, labels = torch.randn(12, 3), torch.arange(12) % 3
+    for loss_fn in (BatchAllTripletLoss(1.0), OnlineTripletLoss(1.0, AllTripletSelector())):
+        expected = loss_fn(embeddings, labels)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert loss_fn(embeddings, labels) == expected
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@each_triplet_selector
+def test_gradient_of_a_loss_that_is_nan_is_nan(make):
+    embeddings = torch.randn(12, 3)
+    embeddings[4, 1] = math.nan
+    loss, gradient = value_and_gradient(lambda *x: OnlineTripletLoss(1.0, make())(*x), embeddings, torch.arange(12) % 3)
+    assert loss.isnan()
+    assert gradient.isnan().all()
+
+
+def test_second_derivatives_of_functions_transformed_twice_are_refused_in_words():
+    embeddings, labels = torch.randn(6, 2, dtype=torch.float64), torch.arange(6) % 2
+    function = lambda x: BatchAllTripletLoss(1.0)(x, labels)[0]  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.functional\.hessian"):
+        torch.func.jacrev(torch.func.jacrev(function))(embeddings)
+
+
 # A margin that is learned
 
 
