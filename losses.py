@@ -148,7 +148,7 @@ class _OnlineLoss(nn.Module):
             `(loss, count)`: scalar tensor, float32 at least, and 0-dim int64 tensor, the number of triplets whose loss
             is above zero; the contrastive loss alone. Where nothing is selected the loss is a zero that still has a
             graph; where an embedding or its square is not finite it is NaN. On a GPU no value is read, so it does not
-            wait.
+            wait, but for labels that are no whole numbers, among which NaN is looked for.
 
         Raises:
             ValueError, TypeError: for other shapes or types, labels that are NaN, and references without labels.
@@ -408,8 +408,8 @@ class GlobalBatchLoss(nn.Module):
     process. Batches may differ in size, but every process must make every call. Without torch.distributed, or with one
     process, only the draws are other ones.
 
-    A loss of another library, and selectors that choose among all pairs at once (balanced, hard), see the whole batch
-    in every process.
+    A loss of another library, one with a forward of its own, selectors that choose among all pairs at once (balanced,
+    hard), and those of your own see the whole batch in every process.
 
     Args:
         loss_fn: an online loss, or `MemoryLoss` of one, or anything called as `loss_fn(embeddings, target)`.
@@ -488,7 +488,8 @@ class MemoryLoss(nn.Module):
 
     References are the batch itself and the memory, which has no gradient. A sample is not its own reference; pairs that
     a selector takes once, i < j, are taken once within the batch. In evaluation mode it is `loss_fn` alone and
-    remembers nothing.
+    remembers nothing. Embeddings that are not finite are remembered too. Not for use inside `torch.utils.checkpoint`,
+    whose second pass would meet another memory.
 
     Args:
         loss_fn: an online loss. A selector of your own must know references, or it is refused from the second batch on.
@@ -603,10 +604,8 @@ class _OnePass(torch.autograd.Function):
         zero = sums[0].clone()
         for block in selection:
             *of_block, pairs, slopes = loss._block(comparison, block)
-            for x, y in zip(
-                sums, of_block
-            ):  # in place: small tensors that stay would keep large ones from their places
-                x += y
+            for x, y in zip(sums, of_block):
+                x += y  # in place: small tensors that stay split the memory that large ones leave
             if wants_gradient:
                 pairs.add_gradient(gradient, slopes)
         question.selection = selection
@@ -710,10 +709,14 @@ class _AllPairs:
         (x, y), norms = self.points(), self.comparison.squared_norms
         x_norms, y_norms = norms[self.rows], norms[self.begin :]
         is_near = self.squared < 1e-8 * (x_norms[:, None] + y_norms.max())
-        near = torch.from_numpy(np.flatnonzero(is_near.numpy()))
-        for place in near.split(max(2**10, 2**18 // max(1, x.shape[1]))):
-            row, column = place // len(y), place % len(y)
-            self.squared[row, column] = _squared_lengths(x[row] - y[column])
+        place = torch.from_numpy(np.flatnonzero(is_near.numpy()))
+        row, column = place // len(y), place % len(y)
+        is_near = self.squared[row, column] < 1e-8 * (
+            x_norms[row] + y_norms[column]
+        )  # not only beside the largest norm
+        size = max(2**10, 2**18 // max(1, x.shape[1]))
+        for i, j in zip(row[is_near].split(size), column[is_near].split(size)):
+            self.squared[i, j] = _squared_lengths(x[i] - y[j])
 
     def are_of_one_class(self):
         labels = self.comparison.labels
@@ -771,7 +774,7 @@ class _Comparison:
         self.dtype = torch.promote_types(points.dtype, torch.float32)
         self.labels, self.n_anchors, self.start, self.may_read = labels, n_anchors, start, may_read
         self.K = self.R = len(points) - start
-        if may_read:  # with numpy, whose calls cost a third of torch's
+        if may_read:  # with numpy, whose calls cost less than torch's
             values = labels.cpu().numpy()
             self.order = values[start:].argsort(kind="stable")
             self.begin, self.end = (
@@ -881,7 +884,7 @@ def _place(thresholds, distances, may_read):
     """How many of a row's ascending thresholds (b, K) are not above each of its distances (b, R)."""
     if not may_read or thresholds.shape[1] > 64:
         return torch.searchsorted(thresholds, distances, right=True)
-    # Few thresholds are compared with one by one, in a fifth of the time of a search, whose branches are guessed wrong.
+    # Few thresholds are compared with one by one: faster than a search, whose branches a processor guesses wrong.
     values, place = distances.numpy(), np.full(distances.shape, thresholds.shape[1], np.uint8)
     is_above = np.empty(distances.shape, bool)
     for threshold in thresholds.numpy().T:
@@ -970,7 +973,7 @@ def _distances(x, y, squared=True):
 
 
 def _squared_lengths(x):
-    if torch.is_grad_enabled():  # a norm has no second derivative at 0; it takes half the time
+    if torch.is_grad_enabled():  # a norm is faster, but has no second derivative at 0
         return x.square().sum(dim=1)
     return torch.linalg.vector_norm(x, dim=1).square_()
 

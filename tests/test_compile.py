@@ -116,3 +116,11 @@ def test_drawing_losses_compile_to_one_graph_for_batches_of_any_size(loss_fn, wi
     batch = (*normal_batch(24), *(normal_batch(24) if with_references else ()))
     assert len({results_of(compiled, *batch)[0].item() for _ in range(4)}) > 1
     assert_one_graph(n_graphs[0], backend.frame_count)
+
+
+def test_the_default_compiler_takes_the_hardest_negatives_among_references():
+    loss_fn = OnlineTripletLoss(1.0, HardestNegativeTripletSelector(1.0))
+    compiled = torch.compile(loss_fn, fullgraph=True, dynamic=True)
+    for B in (12, 20):
+        batch = (*normal_batch(B), *normal_batch(B + 3))
+        torch.testing.assert_close(results_of(compiled, *batch), results_of(loss_fn, *batch))
