@@ -341,6 +341,15 @@ def resume(rank, n_processes, path, n_epochs, on_epoch=None):
     return {**model.module.state_dict(), "losses": torch.tensor(losses)}
 
 
+def gradient_of_margin(rank=0, n_processes=1):
+    """Of a margin that is learned, on this process's part of a batch."""
+    margin = nn.Parameter(torch.tensor(1.0))
+    loss_fn = GlobalBatchLoss(OnlineTripletLoss(margin, AllTripletSelector()))
+    x, labels = (part.chunk(n_processes)[rank] for part in batch(0))
+    loss_fn(x, labels)[0].backward()
+    return margin.grad
+
+
 def work(rank, n_processes, folder):
     """Train with each loss and each wrong way, evaluate, resume; every process writes its results."""
     torch.set_num_threads(1)
@@ -369,6 +378,12 @@ def work(rank, n_processes, folder):
         GlobalBatchLoss(BatchAllTripletLoss(1.0))(torch.zeros(2, 2 + rank), torch.tensor([0, 1]))
     except ValueError as error:
         results["message"] = str(error)
+    try:
+        labels = torch.tensor([0, 1], dtype=torch.int64 if rank == 0 else torch.float32)
+        GlobalBatchLoss(BatchAllTripletLoss(1.0))(torch.zeros(2, 2), labels)
+    except TypeError as error:
+        results["kinds"] = str(error)
+    results["margin"] = gradient_of_margin(rank, n_processes)
     results["evaluation"] = evaluate(rank, n_processes)
     results["whole"] = resume(rank, n_processes, f"{folder}/whole", 4)
     resume(rank, n_processes, f"{folder}/run", 2)

@@ -171,6 +171,16 @@ def test_embeddings_of_different_widths_are_an_error(of_processes):
     assert all("one D in all processes" in results["message"] for results in of_processes)
 
 
+def test_labels_of_different_kinds_are_an_error(of_processes):
+    assert all("labels of one kind in all processes" in results["kinds"] for results in of_processes)
+
+
+def test_mean_over_processes_of_a_margins_gradient_is_that_of_one(of_processes):
+    mean = torch.stack([results["margin"] for results in of_processes]).mean()
+    torch.testing.assert_close(mean, processes.gradient_of_margin())
+    assert mean > 0
+
+
 @pytest.mark.parametrize("name", processes.FIXED)
 def test_global_loss_of_one_process_is_the_loss(name):
     expected = processes.calls(processes.FIXED[name]())
