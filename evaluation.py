@@ -6,12 +6,16 @@ They take tensors or arrays, and stand alone or go into a metric for `fit`:
     metrics = [EmbeddingMetric(evaluate_embeddings, keys=["map@r"])]  # of metrics.py
 """
 
+import os
+import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 
 def evaluate_embeddings(
@@ -22,19 +26,35 @@ def evaluate_embeddings(
     *,
     ks: Sequence[int] = (1, 5, 10),
     n_neighbors: int = 5,
-) -> dict[str, float]:
+    groups: Any = None,
+    reference_groups: Any = None,
+    average: str | None = "micro",
+    metric: str = "euclidean",
+    full_ranking: bool = False,
+    allow_copies: bool = False,
+) -> dict[str, Any]:
     """Retrieval: how often the nearest neighbours of an embedding belong to its class.
 
     The relevant references of a query are the R with its label. Without a reference set, each embedding is a query
-    against all others. Neighbours are ordered by Euclidean distance, ties by index. Distances are computed in float64
-    by a matrix product, which cannot resolve differences below about 1e-7 of the embeddings' spread.
+    against all others. Neighbours are ordered by distance, ties by index. Distances are computed in float64 by a matrix
+    product, which cannot resolve differences below about 1e-7 of the embeddings' spread.
+
+    With groups, references of a query's label *and* group are left out, as in re-identification: a person has to be
+    found in the pictures of other cameras. References of the same group and another label stay.
 
     Args:
         embeddings: queries (N, D); a tensor or array of any dtype, on any device.
-        labels: their labels (N,), whole numbers.
+        labels: their labels (N,), whole numbers or strings; a tensor, array, list or Series.
         reference, reference_labels: the set to search, (M, D) and (M,); by default the other queries.
         ks: the values of k for recall@k.
         n_neighbors: how many neighbours vote on a label.
+        groups: (N,), whole numbers or strings, such as the camera, or the object that several photographs show.
+        reference_groups: (M,), the groups of the reference set, if there is one.
+        average: "micro" for means over queries; "macro" for means over classes of the means of their queries; None for
+            the means of each class, as dicts by label.
+        metric: "euclidean" or "cosine".
+        full_ranking: whether to rank all references, for `map` and `cmc@K` below.
+        allow_copies: whether queries are meant to have copies of themselves among the references.
 
     Returns:
         A dict of means over the queries that have a relevant reference, each between 0 and 1:
@@ -43,78 +63,84 @@ def evaluate_embeddings(
         - `r_precision`: the fraction of the R nearest that is relevant;
         - `map@r`: (1 / R) sum of precision(i) over the relevant i among the R nearest (Musgrave et al. 2020, 3.2);
         - `knnN` for `n_neighbors`: whether the N nearest vote for the right label, see `knn_predict`;
+        - with `full_ranking`, `map`: (1 / R) sum of precision(i) over all relevant i; and `cmc@K` for each of `ks`: the
+          cumulative match characteristic, another name for recall@k;
 
         and `n_queries`, the number of these queries, and `n_left_out`, the number without a relevant reference. A k
         larger than the reference set means all of it. O(N M D) time; memory for R neighbours of a few queries at a
-        time.
+        time, with `full_ranking` for M.
+
+    Warns:
+        UserWarning: queries have a copy of themselves among the references: the same label, and a distance below 1e-7
+            of the spread.
 
     Raises:
-        ValueError: if shapes do not fit, values are not finite, or no query has a relevant reference.
+        ValueError: if shapes do not fit, values are not finite, a row is zero where the metric is cosine, labels are
+            neither whole numbers nor strings, or no query has a relevant reference.
 
     >>> import torch
     >>> values = evaluate_embeddings(torch.tensor([[0.0], [1.0], [2.1], [2.6]]), torch.tensor([0, 1, 0, 1]), ks=(1, 2))
     >>> values["recall@1"], values["recall@2"], values["map@r"]
     (0.0, 0.5, 0.0)
     """
-    if min(*ks, n_neighbors) < 1 or (reference is None and reference_labels is not None):
-        raise ValueError("expected ks and n_neighbors of at least 1, and no reference_labels without a reference")
-    queries, labels = _check_set(embeddings, labels)
     is_self = reference is None
-    references, reference_labels = (queries, labels) if is_self else _check_set(reference, reference_labels, queries)
-    ordered = reference_labels.sort().values
-    bounds = [torch.searchsorted(ordered, labels, right=right) for right in (False, True)]
-    R = bounds[1] - bounds[0] - int(is_self)  # (N,)
-    used = (R > 0).nonzero().squeeze(1)  # (n,)
-    if len(used) == 0:
-        raise ValueError("no query has a reference of its label")
-
-    k = max(*ks, n_neighbors, int(R.max()))
-    sums: dict[str, Any] = {}
-    for rows, neighbors in _nearest(queries[used], references, k, own=used if is_self else None):
-        neighbor_labels = reference_labels[neighbors]  # (n, k)
-        is_relevant = neighbor_labels == labels[used[rows], None]
-        values = _retrieval(is_relevant, R[used[rows]], ks)
-        values[f"knn{n_neighbors}"] = _vote(neighbor_labels[:, :n_neighbors]) == labels[used[rows]]
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0) + value.sum(dtype=torch.float64)
-    means = {name: float(total) / len(used) for name, total in sums.items()}
-    return {**means, "n_queries": len(used), "n_left_out": len(labels) - len(used)}
+    if min([*ks, n_neighbors]) < 1 or average not in ("micro", "macro", None):
+        numbers = "ks and n_neighbors of at least 1"
+        raise ValueError(f'expected {numbers}, and average to be "micro", "macro" or None, got {average!r}')
+    if is_self and not (reference_labels is None and reference_groups is None):
+        raise ValueError("expected no reference_labels and no reference_groups without a reference")
+    queries = _check_embeddings(embeddings, metric)
+    references = queries if is_self else _check_embeddings(reference, metric, like=queries)
+    sets = [queries] if is_self else [queries, references]
+    codes, classes = _code("label", [labels, reference_labels], sets)
+    left_out = _ranges(torch.arange(len(queries), device=queries.device)) if is_self else None
+    if groups is not None or reference_groups is not None:
+        group_codes, _ = _code("group", [groups, reference_groups], sets)
+        left_out = _ranges(*[group * len(classes) + code for group, code in zip(group_codes, codes)])
+    values, used = _retrieval(queries, references, codes, left_out, ks, n_neighbors, full_ranking, allow_copies)
+    means = {name: _average(value, codes[0][used], classes, average) for name, value in values.items()}
+    return {**means, "n_queries": len(used), "n_left_out": len(queries) - len(used)}
 
 
 def knn_predict(
-    embeddings: Any, reference: Any, reference_labels: Any, *, n_neighbors: int = 5
-) -> tuple[Tensor, Tensor, Tensor]:
+    embeddings: Any, reference: Any, reference_labels: Any, *, n_neighbors: int = 5, metric: str = "euclidean"
+) -> tuple[Any, Tensor, Tensor]:
     """Labels for new embeddings, by a vote of their nearest neighbours in a labelled reference set.
 
     The most frequent label wins; in a tie, that of the nearest neighbour.
 
     Args:
         embeddings: (N, D); a tensor or array of any dtype, on any device.
-        reference, reference_labels: (M, D) and (M,), labels whole numbers.
+        reference, reference_labels: (M, D) and (M,), labels whole numbers or strings.
         n_neighbors: how many neighbours vote, at most M.
+        metric: "euclidean" or "cosine".
 
     Returns:
-        `(labels, neighbors, distances)`: int64 tensor (N,), int64 tensor (N, n_neighbors) of indices into the
-        reference, nearest first, ties by index, and float64 tensor (N, n_neighbors) of Euclidean distances; on the
-        embeddings' device (on the CPU for MPS, which has no float64).
+        `(labels, neighbors, distances)`: labels (N,), an int64 tensor, or an array if they are strings; int64 tensor
+        (N, n_neighbors) of indices into the reference, nearest first, ties by index; and float64 tensor
+        (N, n_neighbors) of distances, Euclidean or 1 - cosine. Tensors are on the embeddings' device (on the CPU for
+        MPS, which has no float64).
 
     Raises:
-        ValueError: if shapes do not fit, values are not finite, or there are fewer references than `n_neighbors`.
+        ValueError: if shapes do not fit, values are not finite, a row is zero where the metric is cosine, labels are
+            neither whole numbers nor strings, or there are fewer references than `n_neighbors`.
 
     >>> labels, neighbors, distances = knn_predict([[0.0]], [[1.0], [3.0], [2.0]], [4, 5, 5], n_neighbors=3)
     >>> labels.tolist(), neighbors.tolist(), distances.tolist()
     ([5], [[0, 2, 1]], [[1.0, 2.0, 3.0]])
     """
-    queries = _check_embeddings(embeddings)
-    references, reference_labels = _check_set(reference, reference_labels, queries)
+    queries = _check_embeddings(embeddings, metric)
+    references = _check_embeddings(reference, metric, like=queries)
+    (codes,), classes = _code("label", [reference_labels], [references])
     if not 1 <= n_neighbors <= len(references):
         raise ValueError(f"expected n_neighbors from 1 to the {len(references)} references, got {n_neighbors}")
-    neighbors = torch.cat([indices for _, indices in _nearest(queries, references, n_neighbors)])  # (N, n_neighbors)
-    distances = [torch.linalg.vector_norm(queries - references[column], dim=1) for column in neighbors.unbind(dim=1)]
-    # Exact distances put in order what the matrix product could not tell apart.
-    distances, order = torch.stack(distances, dim=1).sort(dim=1, stable=True)
-    neighbors = neighbors.gather(1, order)
-    return _vote(reference_labels[neighbors]), neighbors, distances
+    neighbors, distances = _nearest_exactly(queries, references, n_neighbors)
+    votes = _vote(codes[neighbors])
+    is_number = classes.dtype.kind in "biu"
+    predicted = (
+        torch.from_numpy(classes.astype(np.int64)).to(votes.device)[votes] if is_number else classes[votes.cpu()]
+    )
+    return predicted, neighbors, distances if metric == "euclidean" else distances.square() / 2
 
 
 def verification(
@@ -123,53 +149,70 @@ def verification(
     *,
     max_pairs: int | None = None,
     fars: Sequence[float] = (0.001, 0.01),
+    metric: str = "euclidean",
     generator: torch.Generator | None = None,
 ) -> dict[str, Any]:
     """Verification: how well the distance of two embeddings tells whether they are of one class.
 
-    A pair is accepted if its Euclidean distance is below a threshold. TAR (true accept rate) is the fraction of
-    same-class pairs that are accepted, FAR (false accept rate) that of the other pairs.
+    A pair is accepted if its distance is below a threshold. TAR (true accept rate) is the fraction of same-class pairs
+    that are accepted, FAR (false accept rate) that of the other pairs.
+
+    To decide by, take `threshold@eer`, or `threshold@far=F` if a false acceptance costs more than a false rejection.
+    With many classes nearly all pairs are of two, and the threshold of best accuracy rejects nearly everything.
 
     Args:
         embeddings: (N, D); a tensor or array of any dtype, on any device.
-        labels: (N,), whole numbers.
-        max_pairs: if there are more pairs than this, a sample of this size is drawn, uniformly and with replacement.
-            None means 50 million, enough for all pairs of 10,000 embeddings, which need 0.9 GB.
+        labels: (N,), whole numbers or strings; a tensor, array, list or Series.
+        max_pairs: if there are more pairs than this, so many are drawn, uniformly and with replacement: half of them
+            same-class pairs and half others, or all there are of one kind and more of the other. None: 10 million of
+            more than 50 million, which is enough for all pairs of 10,000 embeddings; these need 0.9 GB.
         fars: false accept rates at which to report TAR.
+        metric: "euclidean" or "cosine"; thresholds are Euclidean distances or 1 - cosine.
         generator: `torch.Generator` on the CPU for the sample; None: the same sample every time.
 
     Returns:
         A dict of
 
         - `auc`: area under the ROC curve, the probability that a same-class pair is closer than another, ties half;
-        - `eer`: the rate at which FAR and 1 - TAR are equal, interpolated on the ROC curve;
-        - `accuracy`: the fraction of pairs judged correctly at the best threshold, and `threshold`, that distance;
+        - `eer`: the rate at which FAR and 1 - TAR are equal, interpolated on the ROC curve, and `threshold@eer`, the
+          distance at which they come closest to each other;
+        - `accuracy`: the fraction of all pairs judged correctly at the best threshold, and `threshold`, that distance;
         - `tar@far=F` and `threshold@far=F` for each of `fars`: the largest TAR with FAR at most F, and its distance;
-        - `n_positive`, `n_negative`: numbers of pairs; `is_sample`: whether they are a sample;
+        - `n_positive`, `n_negative`: numbers of pairs compared; `is_sample`: whether they are a sample;
         - `curve`: arrays `(far, tar)` of about 500 points for a plot.
 
         A threshold lies midway between the last accepted distance and the next one.
 
     Raises:
-        ValueError: if shapes do not fit, values are not finite, or all pairs are of one kind.
+        ValueError: if shapes do not fit, values are not finite, a row is zero where the metric is cosine, labels are
+            neither whole numbers nor strings, or all pairs are of one kind.
 
     >>> values = verification([[0.0], [1.0], [5.0], [5.5]], [0, 0, 1, 1])
-    >>> values["auc"], values["eer"], values["threshold"]
+    >>> values["auc"], values["eer"], values["threshold@eer"]
     (1.0, 0.0, 2.5)
     """
-    if not all(0 <= far <= 1 for far in fars):
-        raise ValueError(f"expected false accept rates from 0 to 1, got {fars}")
-    x, labels = _check_set(embeddings, labels)
-    max_pairs = 50_000_000 if max_pairs is None else max_pairs
-    is_sample = len(x) * (len(x) - 1) // 2 > max_pairs
-    if is_sample:
+    if not all(0 <= far <= 1 for far in fars) or (max_pairs is not None and max_pairs < 2):
+        raise ValueError(f"expected false accept rates from 0 to 1 and at least 2 pairs, got {fars} and {max_pairs}")
+    x = _check_embeddings(embeddings, metric)
+    (codes,), classes = _code("label", [labels], [x])
+    counts = torch.bincount(codes, minlength=len(classes))
+    P = int((counts * (counts - 1) // 2).sum())
+    N = len(x) * (len(x) - 1) // 2 - P
+    if P == 0 or N == 0:
+        raise ValueError(f"expected pairs of one class and of two, got {P} and {N}")
+    most = 50_000_000 if max_pairs is None else max_pairs
+    if is_sample := most < P + N:
+        n_drawn = 10_000_000 if max_pairs is None else max_pairs
+        n_positive = min(P, max(n_drawn // 2, n_drawn - N))
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        positive, negative = _sampled_pairs(x, labels, max_pairs, generator)
+        x = x[codes.argsort(stable=True)]
+        positive = _drawn_pairs(x, counts, n_positive, P, generator, same=True)
+        negative = _drawn_pairs(x, counts, n_drawn - n_positive, N, generator, same=False)
     else:
-        positive, negative = _all_pairs(x, labels)
-    if len(positive) == 0 or len(negative) == 0:
-        raise ValueError(f"expected pairs of one class and of two, got {len(positive)} and {len(negative)}")
-    values = _roc(positive, negative, fars)
+        positive, negative = _all_pairs(x, codes, P)
+    if metric == "cosine":
+        positive, negative = positive**2 / 2, negative**2 / 2
+    values = _roc(positive, negative, fars, (P, N))
     return {**values, "n_positive": len(positive), "n_negative": len(negative), "is_sample": is_sample}
 
 
@@ -191,12 +234,12 @@ def few_shot_accuracy(
 
     Args:
         embeddings: (N, D); a tensor or array of any dtype, on any device.
-        labels: (N,), whole numbers.
+        labels: (N,), whole numbers or strings; a tensor, array, list or Series.
         n_way: number of classes in an episode.
         n_shot, n_query: numbers of samples and of queries for each class.
         n_episodes: number of episodes.
-        groups: (N,), whole numbers, such as the alphabet of a character: the classes of an episode come from one group.
-            Groups take turns; those with fewer than `n_way` classes are left out. None: one group of all classes.
+        groups: (N,), whole numbers or strings, such as the alphabet of a character: the classes of an episode come from
+            one group. Groups take turns; those with fewer than `n_way` classes are left out. None: one of all classes.
         generator: `torch.Generator` on the CPU for the episodes; None: the same episodes every time.
 
     Returns:
@@ -204,30 +247,31 @@ def few_shot_accuracy(
         confidence interval, 1.96 standard errors; infinite for one episode.
 
     Raises:
-        ValueError: if shapes do not fit, values are not finite, a class is in two groups, or fewer than `n_way` classes
-            have enough samples.
+        ValueError: if shapes do not fit, values are not finite, labels are neither whole numbers nor strings, a class
+            is in two groups, or fewer than `n_way` classes have enough samples.
 
     >>> few_shot_accuracy([[0.0], [0.1], [5.0], [5.1]], [0, 0, 1, 1], n_way=2, n_shot=1, n_query=1, n_episodes=10)
     (1.0, 0.0)
     """
-    x, labels = _check_set(embeddings, labels)
+    x = _check_embeddings(embeddings)
+    (codes,), _ = _code("label", [labels], [x])
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    counts = labels.unique(return_counts=True)[1].tolist()
     n_drawn = n_shot + n_query
-    classes = [samples for samples in labels.argsort(stable=True).split(counts) if len(samples) >= n_drawn]
+    by_class = codes.argsort(stable=True).split(torch.bincount(codes).tolist())
+    classes = [samples for samples in by_class if len(samples) >= n_drawn]
     of_groups = [group for group in _by_group(classes, groups, x) if len(group) >= n_way]
     if min(n_way, n_shot, n_query, n_episodes) < 1 or not of_groups:
         need = f"{n_way} classes of at least {n_shot} + {n_query} samples{'' if groups is None else ' in one group'}"
         raise ValueError(f"expected {need}, and numbers of at least 1; {len(classes)} classes have so many")
     truth = torch.arange(n_way, device=x.device)[:, None]
     accuracies = []
-    for episode in range(n_episodes):
+    for episode in _progress(range(n_episodes), "episodes"):
         classes = of_groups[episode % len(of_groups)]
         ways = [classes[c] for c in torch.randperm(len(classes), generator=generator)[:n_way].tolist()]
         drawn = [way[torch.randperm(len(way), generator=generator)[:n_drawn].to(way.device)] for way in ways]
         support, query = x[torch.stack(drawn)].split((n_shot, n_query), dim=1)  # (n_way, n_shot | n_query, D)
-        squared_distances = (query[:, :, None] - support.mean(dim=1)).square().sum(dim=3)  # (n_way, n_query, n_way)
-        accuracies.append((squared_distances.argmin(dim=2) == truth).double().mean())
+        nearest = _nearest_exactly(query.flatten(0, 1), support.mean(dim=1), min(n_way, 3))[0][:, 0]
+        accuracies.append((nearest.view(n_way, n_query) == truth).double().mean())
     accuracies = torch.stack(accuracies)
     interval = 1.96 * accuracies.std(correction=1) / n_episodes**0.5 if n_episodes > 1 else torch.inf
     return float(accuracies.mean()), float(interval)
@@ -265,21 +309,9 @@ def one_shot_runs(
     return float(np.mean(errors)), errors
 
 
-def _check_set(embeddings, labels, like=None):
-    """Checked embeddings (N, D) in float64, see `_check_embeddings`, and checked labels (N,) in int64."""
-    x = _check_embeddings(embeddings, like)
-    if labels is None:
-        raise ValueError(f"expected one whole number as label of each of {len(x)} embeddings, got none")
-    labels = torch.as_tensor(labels, device=x.device)
-    if labels.shape not in ((len(x),), (len(x), 1)) or labels.is_floating_point():
-        given = f"{labels.dtype} of shape {tuple(labels.shape)}"
-        raise ValueError(f"expected one whole number as label of each of {len(x)} embeddings, got {given}")
-    return x, labels.reshape(-1).long().contiguous()
-
-
-def _check_embeddings(embeddings, like=None):
-    """Checked embeddings (N, D) in float64; `like`, if given, prescribes their device and D."""
-    x = torch.as_tensor(embeddings)
+def _check_embeddings(embeddings, metric="euclidean", like=None):
+    """Checked embeddings (N, D) in float64, of unit norm for "cosine"; `like`, if given, prescribes device and D."""
+    x = embeddings if torch.is_tensor(embeddings) else torch.as_tensor(np.asarray(embeddings))
     if x.dim() != 2 or x.numel() == 0:
         raise ValueError(f"expected embeddings of shape (N, D), got {tuple(x.shape)}")
     if like is not None and x.shape[1] != like.shape[1]:
@@ -288,14 +320,138 @@ def _check_embeddings(embeddings, like=None):
     x = x.detach().to("cpu" if device.type == "mps" else device).double()  # mps has no float64
     if not x.isfinite().all():
         raise ValueError(f"{int((~x.isfinite()).any(dim=1).sum())} of {len(x)} embeddings are not finite")
-    return x
+    if metric == "euclidean":
+        return x
+    if metric != "cosine":
+        raise ValueError(f'expected metric to be "euclidean" or "cosine", got {metric!r}')
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    if (norms == 0).any():
+        raise ValueError(f"{int((norms == 0).sum())} of {len(x)} embeddings are zero, which have no cosine")
+    return x / norms
 
 
-def _squared_distances(x, y):
-    """Squared distances (N, M) between the rows of two centred float64 matrices; 0 for equal rows."""
-    rounding = 2 * torch.finfo(x.dtype).eps * (2 + x.shape[1] ** 0.5)  # shorter by this, equal rows clamp to 0
-    x_norms, y_norms = (z.square().sum(dim=1) * (1 - rounding) for z in (x, y))  # (N,), (M,)
-    return torch.addmm(y_norms, x, y.T, alpha=-2).add_(x_norms[:, None]).clamp_(min=0)
+def _code(kind, labels_of_sets, sets):
+    """Labels of one or two sets of embeddings as numbers, equal where the labels are.
+
+    Returns:
+        A list with an int64 tensor (N,) for each set, and an array of the labels that the numbers 0, 1, ... stand for.
+    """
+    parts = []
+    for x, labels in zip(sets, labels_of_sets):
+        labels = labels.detach().cpu() if torch.is_tensor(labels) else labels
+        part = np.asarray(labels, dtype=object if isinstance(labels, (list, tuple)) else None)
+        if part.dtype.kind == "O" and len({isinstance(label, str) for label in part.flat}) == 1:  # "1" is not 1
+            part = np.asarray(part.tolist())
+        if part.shape not in ((len(x),), (len(x), 1)) or part.dtype.kind not in "biuUS":
+            is_object = part.dtype.kind == "O" and labels is not None
+            found = " and ".join(sorted({type(label).__name__ for label in part.flat})) if is_object else part.dtype
+            given = "none" if labels is None else f"{found} of shape {part.shape}"
+            needed = f"one whole number or string as {kind} of each of {len(x)} embeddings"
+            raise ValueError(f"expected {needed}, got {given}")
+        parts.append(part.reshape(-1).astype(np.int64 if part.dtype.kind in "biu" else part.dtype))
+    if len({part.dtype.kind for part in parts}) > 1:
+        raise ValueError(f"expected {kind}s of one type, got {' and '.join(str(part.dtype) for part in parts)}")
+    classes, codes = np.unique(np.concatenate(parts), return_inverse=True)
+    codes = torch.from_numpy(codes.reshape(-1)).to(sets[0].device)
+    return codes.split([len(part) for part in parts]), classes
+
+
+def _ranges(codes, reference_codes=None):
+    """Where the references of each query's code are, as `(order, first, count)`: order (M,)[first : first + count]."""
+    ordered, order = (codes if reference_codes is None else reference_codes).sort(stable=True)
+    first, last = (torch.searchsorted(ordered, codes, right=right) for right in (False, True))
+    return order, first, last - first
+
+
+def _retrieval(queries, references, codes, left_out, ks, n_neighbors, full_ranking, allow_copies):
+    """The figures of each query that has a relevant reference, as a dict of (n,), and the indices (n,) of these.
+
+    `codes` are the labels of both sets, or of the one, `left_out` is what `_ranges` returned, or None.
+    """
+    R = _ranges(codes[0], codes[-1])[2]  # (N,)
+    R = R if left_out is None else R - left_out[2]
+    used = (R > 0).nonzero().squeeze(1)  # (n,)
+    if len(used) == 0:
+        raise ValueError("no query has a reference of its label")
+    queries, labels, R = queries[used], codes[0][used], R[used]
+    left_out = left_out and (left_out[0], left_out[1][used], left_out[2][used])
+    k = len(references) if full_ranking else max(*ks, n_neighbors, int(R.max()))
+    reference_labels = torch.cat((codes[-1], codes[-1].new_tensor([-1])))  # and -1 where there is no neighbour
+    values: dict[str, Tensor] = {}
+    n_copies, resolution = 0, _resolution(references)
+    for rows, neighbors in _nearest(queries, references, k, left_out):
+        neighbor_labels = reference_labels.index_select(0, neighbors.flatten()).view_as(neighbors)  # (n, k)
+        is_relevant = neighbor_labels == labels[rows, None]
+        figures = _figures(is_relevant, R[rows], ks, full_ranking)
+        figures[f"knn{n_neighbors}"] = _vote(neighbor_labels[:, :n_neighbors]) == labels[rows]
+        for name, value in figures.items():
+            values.setdefault(name, torch.empty_like(R, dtype=torch.float64))[rows] = value.double()
+        first, place = is_relevant[:, :10].byte().max(dim=1)  # the closest one of the query's label
+        closest = references[neighbors.gather(1, place[:, None]).squeeze(1)]
+        distances = torch.linalg.vector_norm(queries[rows] - closest, dim=1)
+        n_copies += int((first.bool() & (distances < resolution)).sum())
+    if n_copies and not allow_copies:
+        _warn_of_copies(n_copies / len(used))
+    return {name: value.cpu() for name, value in values.items()}, used
+
+
+def _resolution(x):
+    """A distance below which rows of x (N, D) are copies of each other: 0 for none, if all rows are equal."""
+    spread = float(x.var(dim=0, correction=0).sum().sqrt())
+    return 1e-7 * spread if spread > 1e-12 * float(x.abs().max()) else 0.0
+
+
+def _warn_of_copies(share):
+    # One digit, so that Python shows the warning once, and not in every epoch.
+    percent = f"about {float(f'{100 * share:.1g}'):g} per cent" if share >= 0.01 else "less than 1 per cent"
+    warnings.warn(
+        f"{percent} of the queries have a copy of themselves among the references, of their label and at distance 0, "
+        "which counts as found. A reference set should not hold the queries, nor a loader repeat samples; for several "
+        "copies of one thing say which they are by groups, and with allow_copies=True that they are meant",
+        stacklevel=4,
+    )
+
+
+def _figures(is_relevant, R, ks, full_ranking):
+    """Figures (n,) for each query, from the relevance (n, k) of its neighbours, nearest first, and its R (n,)."""
+    place = torch.arange(1, is_relevant.shape[1] + 1, device=R.device)  # (k,)
+    hits = is_relevant & (place <= R[:, None])  # relevant ones among the R nearest
+    precision = is_relevant.cumsum(dim=1, dtype=torch.float64).div_(place)  # (n, k)
+    values = {f"recall@{k}": is_relevant[:, :k].any(dim=1) for k in ks}
+    values["r_precision"] = hits.sum(dim=1) / R.double()
+    values["map@r"] = (precision * hits).sum(dim=1) / R
+    if full_ranking:
+        values["map"] = (precision * is_relevant).sum(dim=1) / R
+        values |= {f"cmc@{k}": values[f"recall@{k}"] for k in ks}
+    return values
+
+
+def _average(values, labels, classes, average):
+    """The mean of values (n,) over queries, or over classes of their means, or the dict of these; labels are codes."""
+    if average == "micro":
+        return float(values.mean())
+    counts = torch.bincount(labels.cpu(), minlength=len(classes))
+    occurs = counts > 0
+    means = (torch.bincount(labels.cpu(), values, minlength=len(classes)) / counts)[occurs]
+    return float(means.mean()) if average == "macro" else dict(zip(classes[occurs].tolist(), means.tolist()))
+
+
+def _vote(neighbor_labels):
+    """The most frequent label (n,) of neighbours (n, k), nearest first; in a tie, that of the nearest; -1 is none."""
+    votes = sum((neighbor_labels == column[:, None]).long() for column in neighbor_labels.unbind(dim=1))  # (n, k)
+    votes = votes * (neighbor_labels >= 0)
+    return neighbor_labels.gather(1, votes.argmax(dim=1, keepdim=True)).squeeze(1)
+
+
+def _as_factors(x, y):
+    """Two centred matrices (N, D) and (M, D) as (N, D + 2) and (D + 2, M), whose product are the squared distances.
+
+    Squared norms are shorter than they are by what rounding may add: so equal rows are no farther than 0.
+    """
+    rounding = 2 * torch.finfo(x.dtype).eps * (2 + x.shape[1] ** 0.5)
+    x_norms, y_norms = (z.square().sum(dim=1, keepdim=True) * (1 - rounding) for z in (x, y))
+    left = torch.cat((x, x_norms, torch.ones_like(x_norms)), dim=1)
+    return left, torch.cat((-2 * y, torch.ones_like(y_norms), y_norms), dim=1).T
 
 
 def _rounded_bits(squared_distances, n_bits=16):
@@ -307,76 +463,90 @@ def _rounded_bits(squared_distances, n_bits=16):
     return squared_distances.view(torch.int64).add_(1 << (n_bits - 1)).bitwise_and_(-(1 << n_bits))
 
 
-def _nearest(queries, references, k, own=None):
+def _nearest(queries, references, k, left_out=None):
     """Yield `(rows, neighbors)`: a slice of the queries and the indices (n, k) of their nearest references.
 
-    Ordered by distance, then by index: both are packed into one integer, by which references are sorted. `own` (N,)
-    holds the index of each query among the references, to leave out. A k larger than the reference set means all of it.
+    Ordered by distance, then by index: both are packed into one integer, by which references are sorted. `left_out` is
+    what `_ranges` returns of references to leave out. A k larger than the reference set means all of it, and where less
+    than k are left, M follows.
     """
-    M = len(references)
-    k = min(k, M - (own is not None))
-    n_bits = max(16, (M - 1).bit_length())
+    N, M, device = len(queries), len(references), references.device
+    k = min(k, M if left_out is None else M - int(left_out[2].min()))
+    may_lack = left_out is not None and k > M - int(left_out[2].max())
+    n_bits, most = max(16, (M - 1).bit_length()), torch.iinfo(torch.int64).max
     center = references.mean(dim=0)
-    queries, references = queries - center, references - center
-    index = torch.arange(M, device=references.device)
-    step = max(1, 2**22 // M)  # 32 MB of distances at a time
-    for start in range(0, len(queries), step):
-        rows = slice(start, min(start + step, len(queries)))
-        keys = _rounded_bits(_squared_distances(queries[rows], references), n_bits).bitwise_or_(index)  # (n, M)
-        if own is not None:
-            keys.scatter_(1, own[rows, None], torch.iinfo(torch.int64).max)
-        if keys.device.type == "cpu":  # numpy selects and sorts many times faster here
-            array = keys.numpy()
-            array.partition(k - 1, axis=1)
-            array[:, :k].sort(axis=1)
-            keys = keys[:, :k]
-        else:
-            keys = keys.topk(k, dim=1, largest=False, sorted=True).values
-        yield rows, keys.bitwise_and((1 << n_bits) - 1)
+    queries, references = _as_factors(queries - center, references - center)
+    index = torch.arange(M, device=device)
+    n_rows, n_columns = max(1, 2**23 // M), 2048 if device.type == "cpu" else M  # of the keys; of what a cache holds
+    all_keys = torch.empty(min(n_rows, N), M, dtype=torch.int64, device=device)
+    for start in _progress(range(0, N, n_rows), "neighbours"):
+        keys = all_keys[: N - start]  # (n, M)
+        rows = slice(start, start + len(keys))
+        for columns in (slice(first, first + n_columns) for first in range(0, M, n_columns)):
+            bits = _rounded_bits((queries[rows] @ references[:, columns]).clamp_(min=0), n_bits)
+            torch.bitwise_or(bits, index[columns], out=keys[:, columns])
+        if left_out is not None:
+            keys[_members(*left_out, rows)] = most
+        for part in keys.split(max(1, 2**19 // k)):  # so that what is computed of neighbours fits a cache
+            nearest = _smallest(part, k)
+            neighbors = nearest.bitwise_and((1 << n_bits) - 1)
+            yield slice(start, start + len(part)), neighbors.masked_fill_(nearest == most, M) if may_lack else neighbors
+            start += len(part)
 
 
-def _retrieval(is_relevant, R, ks):
-    """Figures (n,) for each query, from the relevance (n, k) of its neighbours, nearest first, and its R (n,)."""
-    place = torch.arange(1, is_relevant.shape[1] + 1, device=R.device)  # (k,)
-    hits = is_relevant & (place <= R[:, None])  # relevant ones among the R nearest
-    precision = is_relevant.cumsum(dim=1) / place.double()  # (n, k)
-    values = {f"recall@{k}": is_relevant[:, :k].any(dim=1) for k in ks}
-    values["r_precision"] = hits.sum(dim=1) / R.double()
-    values["map@r"] = (precision * hits).sum(dim=1) / R
-    return values
+def _smallest(keys, k):
+    """The k smallest (n, k) of each row of keys (n, M), sorted; keys are not what they were afterwards."""
+    if keys.device.type != "cpu":
+        return keys.topk(k, dim=1, largest=False, sorted=True).values
+    array = keys.numpy()  # numpy selects and sorts many times faster here
+    array.partition(k - 1, axis=1)
+    array[:, :k].sort(axis=1)
+    return keys[:, :k]
 
 
-def _vote(neighbor_labels):
-    """The most frequent label (n,) of neighbours (n, k), nearest first; in a tie, that of the nearest."""
-    votes = sum((neighbor_labels == column[:, None]).long() for column in neighbor_labels.unbind(dim=1))  # (n, k)
-    return neighbor_labels.gather(1, votes.argmax(dim=1, keepdim=True)).squeeze(1)
+def _members(order, first, count, rows):
+    """Indices `(row, column)` of the references that `_ranges` gives for some of the queries."""
+    first, count = first[rows], count[rows]
+    row = torch.arange(len(count), device=count.device).repeat_interleave(count)
+    place = torch.arange(len(row), device=count.device) - (count.cumsum(0) - count)[row]
+    return row, order[first[row] + place]
+
+
+def _nearest_exactly(queries, references, k):
+    """The k nearest references of each query by exact distances, ties by index: indices and distances, (N, k)."""
+    neighbors = torch.cat([indices for _, indices in _nearest(queries, references, k)])
+    columns = neighbors.unbind(dim=1)
+    squared_distances = torch.stack([(queries - references[column]).square().sum(dim=1) for column in columns], dim=1)
+    # They put in order what the matrix product could not tell apart.
+    squared_distances, order = squared_distances.sort(dim=1, stable=True)
+    return neighbors.gather(1, order), squared_distances.sqrt()
 
 
 def _by_group(classes, groups, x):
     """The classes of each group, as a list of lists; a class is given by the indices (n,) of its samples."""
     if groups is None:
         return [classes]
-    groups = _check_set(x, groups)[1]
+    (groups,), names = _code("group", [groups], [x])
     by_group = {}
     for samples in classes:
         own = groups[samples].unique().tolist()
         if len(own) > 1:
-            raise ValueError(f"expected each class in one group, got one with samples in groups {own}")
+            raise ValueError(f"expected each class in one group, got one with samples in groups {names[own].tolist()}")
         by_group.setdefault(own[0], []).append(samples)
     return list(by_group.values())
 
 
-def _all_pairs(x, labels):
+def _all_pairs(x, labels, n_positive):
     """Distances of all same-class pairs (P,) and of all others (N,), as arrays."""
-    counts = labels.unique(return_counts=True)[1]
-    n_positive = int((counts * (counts - 1) // 2).sum())
     distances = np.empty(len(x) * (len(x) - 1) // 2)
     x = x - x.mean(dim=0)
+    left, right = _as_factors(x, x)
     filled = [0, n_positive]  # positive pairs come first, then negative ones
     step = max(1, 2**22 // len(x))
-    for start in range(0, len(x), step):
+    for start in _progress(range(0, len(x), step), "pairs"):
         rows = slice(start, min(start + step, len(x)))
-        block = _rounded_bits(_squared_distances(x[rows], x[start:])).view(torch.float64).sqrt_()  # (n, N - start)
+        squared_distances = (left[rows] @ right[:, start:]).clamp_(min=0)
+        block = _rounded_bits(squared_distances).view(torch.float64).sqrt_()  # (n, N - start)
         is_pair = torch.ones_like(block, dtype=torch.bool).triu(1)
         same = labels[rows, None] == labels[start:]
         for part, mask in enumerate((is_pair & same, is_pair & ~same)):
@@ -386,23 +556,36 @@ def _all_pairs(x, labels):
     return distances[:n_positive], distances[n_positive:]
 
 
-def _sampled_pairs(x, labels, n_pairs, generator):
-    """Distances of pairs drawn uniformly with replacement: same-class ones (P,) and others (N,), as arrays."""
-    distances, is_same = np.empty(n_pairs), np.empty(n_pairs, dtype=bool)
-    step = max(1, 2**22 // x.shape[1])
-    for start in range(0, n_pairs, step):
-        n = min(step, n_pairs - start)
-        i = torch.randint(len(x), (n,), generator=generator)
-        j = torch.randint(len(x) - 1, (n,), generator=generator)
-        i, j = i.to(x.device), (j + (j >= i)).to(x.device)  # any other sample, all equally likely
-        squared_distances = (x[i] - x[j]).square().sum(dim=1)
-        distances[start : start + n] = squared_distances.sqrt().cpu().numpy()
-        is_same[start : start + n] = (labels[i] == labels[j]).cpu().numpy()
-    return distances[is_same], distances[~is_same]
+def _drawn_pairs(x, counts, n_pairs, n_all, generator, *, same):
+    """Distances (n_pairs,) of pairs of one class (`same`) or of two, drawn uniformly with replacement, as an array.
+
+    Rows x (N, D) are sorted by class, `counts` (C,) are the sizes of classes. The 2 n_all ordered pairs are numbered by
+    class, sample and partner. If n_pairs is n_all, each pair comes once.
+    """
+    n_others = counts - 1 if same else len(x) - counts  # (C,): partners of a sample
+    starts, ends = counts.cumsum(0) - counts, (counts * n_others).cumsum(0)  # (C,): of samples and of numbers
+    if n_pairs < n_all:
+        numbers = torch.randint(2 * n_all, (n_pairs,), generator=generator).sort().values  # rows in turn lie in a cache
+    else:
+        numbers = torch.arange(2 * n_all)
+    distances, n_done = np.empty(n_pairs), 0
+    for part in _progress(numbers.to(x.device).split(max(1, 2**19 // x.shape[1])), "pairs"):
+        c = torch.searchsorted(ends, part, right=True)
+        place, start, n = part - (ends - counts * n_others)[c], starts[c], n_others[c]
+        i, j = start + place // n, place % n
+        j = j + start + (j + start >= i) if same else j + counts[c] * (j >= start)
+        chosen = slice(None) if n_pairs < n_all else i < j
+        found = torch.linalg.vector_norm(x[i[chosen]] - x[j[chosen]], dim=1)
+        distances[n_done : n_done + len(found)] = found.cpu().numpy()
+        n_done += len(found)
+    return distances
 
 
-def _roc(positive, negative, fars):
-    """The figures of `verification` from distances of same-class pairs (P,) and others (N,), sorted in place."""
+def _roc(positive, negative, fars, n_all):
+    """The figures of `verification` from distances of same-class pairs (P,) and others (N,), sorted in place.
+
+    `n_all` are the numbers of all pairs of both kinds, of which these may be samples.
+    """
     positive.sort()
     negative.sort()
     P, N = len(positive), len(negative)
@@ -415,11 +598,12 @@ def _roc(positive, negative, fars):
     y = np.concatenate(([0], np.stack((tar_before, tar), axis=1).flatten(), [1]))
 
     accepted, tar, far = (np.concatenate(([-np.inf], accepted)), np.concatenate(([0], tar)), np.concatenate(([0], far)))
-    accuracy = (P * tar + N * (1 - far)) / (P + N)
+    accuracy = (n_all[0] * tar + n_all[1] * (1 - far)) / sum(n_all)
     best = int(accuracy.argmax())
     values = {
         "auc": float(1 - ((tar[1:] - tar_before) * (far_before + far[1:])).sum() / 2),
         "eer": float(np.interp(0, x + y - 1, x)),
+        "threshold@eer": _threshold_behind(_distance_of_equal_errors(positive, negative), positive, negative),
         "accuracy": float(accuracy[best]),
         "threshold": _threshold_behind(accepted[best], positive, negative),
     }
@@ -432,8 +616,33 @@ def _roc(positive, negative, fars):
     return values
 
 
+def _distance_of_equal_errors(positive, negative):
+    """The distance up to which to accept so that FAR and 1 - TAR are closest, of those in the sorted arrays."""
+
+    def excess(distance):  # FAR - (1 - TAR): rises from -1 to 1
+        far, tar = (np.searchsorted(part, distance, side="right") / len(part) for part in (negative, positive))
+        return far + tar - 1
+
+    reached = min(part[bisect_left(part, 0, key=excess)] for part in (positive, negative))
+    shorter = [part[: np.searchsorted(part, reached)][-1:] for part in (positive, negative)]
+    before = float(np.concatenate((*shorter, [-np.inf])).max())
+    return reached if excess(reached) < -excess(before) else before
+
+
 def _threshold_behind(distance, positive, negative):
     """The midpoint between a distance and the next one in the sorted arrays: 0 accepts no pair, infinity all."""
     following = [part[np.searchsorted(part, distance, side="right") :][:1] for part in (positive, negative)]
     following = float(np.concatenate((*following, [np.inf])).min())
     return max(0.0, (float(distance) + following) / 2)
+
+
+def _progress(steps, title):
+    """Steps of a loop, with a bar in the first process once it has taken two seconds, as that of `fit`."""
+    disable = os.environ.get("TQDM_DISABLE", "0") not in ("", "0") or _rank() > 0 or None  # None: without a terminal
+    return tqdm(steps, desc=title, delay=2, leave=False, disable=disable)
+
+
+def _rank():
+    """The number of this process, 0 where there is one."""
+    is_one_of_many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if is_one_of_many else 0

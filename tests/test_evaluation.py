@@ -3,14 +3,23 @@
 import itertools
 import os
 import random
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+import evaluation
+from datasets import BalancedBatchSampler
 from evaluation import evaluate_embeddings, few_shot_accuracy, knn_predict, one_shot_runs, verification
+from metrics import EmbeddingMetric
+
+# Many of the sets below hold equal rows; the tests of the warning look for it themselves.
+pytestmark = pytest.mark.filterwarnings("ignore:.*have a copy of themselves")
 
 # Data, and loops that compute what is right
 
@@ -72,6 +81,7 @@ each_dtype = pytest.mark.parametrize(  # each with few digits behind the point: 
 )
 each_data_set = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 each_seed = pytest.mark.parametrize("seed", range(3))
+each_metric = pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 
 
 def seeded_generator(seed=0):
@@ -89,11 +99,11 @@ def naive_squared_distance(a, b):
     return total
 
 
-def naive_neighbors(query, references, own=None):
-    """All references but one's own, by distance and then by index."""
+def naive_neighbors(query, references, left_out=()):
+    """All references but those left out, by distance and then by index."""
     found = []
     for index, reference in enumerate(references):
-        if index != own:
+        if index not in left_out:
             found.append((naive_squared_distance(query, reference), index))
     return [index for _, index in sorted(found)]
 
@@ -110,13 +120,28 @@ def naive_vote(labels):
     return winner
 
 
-def naive_retrieval(x, labels, reference=None, reference_labels=None, ks=(1, 5, 10), n_neighbors=5):
+def naive_retrieval(x, labels, reference=None, reference_labels=None, ks=(1, 5, 10), n_neighbors=5, **options):
+    rows, n_left_out = naive_figures(x, labels, reference, reference_labels, ks, n_neighbors, **options)
+    figures = [row for _, row in rows]
+    means = {name: sum(row[name] for row in figures) / len(figures) for name in figures[0]}
+    return {**means, "n_queries": len(rows), "n_left_out": n_left_out}
+
+
+def naive_figures(
+    x, labels, reference, reference_labels, ks, n_neighbors, groups=None, reference_groups=None, full=False
+):
+    """`(label, figures)` of each query with a relevant reference, and the number of those without."""
     is_self = reference is None
     references, reference_labels = (x, labels) if is_self else (reference, reference_labels)
+    reference_groups = groups if is_self else reference_groups
     rows, n_left_out = [], 0
     for i, (query, label) in enumerate(zip(x, labels)):
+        left_out = {i} if is_self else set()
+        for j in range(len(references) if groups is not None else 0):
+            if reference_labels[j] == label and reference_groups[j] == groups[i]:
+                left_out.add(j)
         is_relevant, votes = [], []
-        for j in naive_neighbors(query, references, own=i if is_self else None):
+        for j in naive_neighbors(query, references, left_out):
             is_relevant.append(reference_labels[j] == label)
             votes.append(reference_labels[j])
         R = sum(is_relevant)
@@ -127,9 +152,12 @@ def naive_retrieval(x, labels, reference=None, reference_labels=None, ks=(1, 5, 
         row["r_precision"] = sum(is_relevant[:R]) / R
         row["map@r"] = sum(sum(is_relevant[: p + 1]) / (p + 1) for p in range(R) if is_relevant[p]) / R
         row[f"knn{n_neighbors}"] = float(naive_vote(votes[:n_neighbors]) == label)
-        rows.append(row)
-    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    return {**means, "n_queries": len(rows), "n_left_out": n_left_out}
+        if full:
+            ranks = [p + 1 for p, relevant in enumerate(is_relevant) if relevant]
+            row["map"] = sum((n + 1) / rank for n, rank in enumerate(ranks)) / R
+            row |= {f"cmc@{k}": float(ranks[0] <= k) for k in ks}
+        rows.append((label, row))
+    return rows, n_left_out
 
 
 def naive_pairs(x, labels):
@@ -332,6 +360,95 @@ def test_embeddings_and_labels_come_in_any_form():
             assert torch.equal(result, other)
 
 
+CALLS = {
+    "evaluate_embeddings": evaluate_embeddings,
+    "reference": lambda x, labels: evaluate_embeddings([[0.0, 0.0], [1.0, 1.0]], [0, 1], x, labels),
+    "knn_predict": lambda x, labels: knn_predict([[0.0, 0.0]], x, labels, n_neighbors=1),
+    "verification": verification,
+    "few_shot_accuracy": lambda x, labels: few_shot_accuracy(x, labels, 2, 1, n_query=1),
+}
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+KINDS = {
+    "uint16 tensor": lambda labels: labels.to(torch.uint16),
+    "int8 column": lambda labels: labels.to(torch.int8)[:, None],
+    "strings": lambda labels: [f"number {label}" for label in labels.tolist()],
+    "array of strings": lambda labels: np.array([f"number {label}" for label in labels.tolist()]),
+    "array of objects": lambda labels: np.array([f"number {label}" for label in labels.tolist()], dtype=object),
+    "series": lambda labels: pd.Series(labels.numpy(), index=labels.numpy()[::-1] * 7),
+    "series of strings": lambda labels: pd.Series([f"n {label}" for label in labels.tolist()], index=labels.numpy()),
+    "categories": lambda labels: pd.Series([f"n {label}" for label in labels.tolist()]).astype("category"),
+    "list of numpy's": lambda labels: [*labels.numpy()],
+    "list of tensors": lambda labels: [*labels],
+}
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+@each_kind
+def test_labels_may_be_of_any_kind(kind):
+    x, labels = gaussian(seeded_generator())
+    named = kind(labels)
+    assert evaluate_embeddings(x, named) == evaluate_embeddings(x, labels)
+    assert evaluate_embeddings(x, named, x, named) == evaluate_embeddings(x, labels, x, labels)
+    assert without(verification(x, named), "curve") == without(verification(x, labels), "curve")
+    options = {"n_way": 3, "n_shot": 1, "n_query": 2, "n_episodes": 9}
+    assert few_shot_accuracy(x, named, **options) == few_shot_accuracy(x, labels, **options)
+    groups = torch.arange(44) % 3
+    assert evaluate_embeddings(x, labels, groups=kind(groups)) == evaluate_embeddings(x, labels, groups=groups)
+    predicted, expected = knn_predict(x[:5], x, named)[0], knn_predict(x[:5], x, labels)[0]
+    if torch.is_tensor(predicted):
+        assert torch.equal(predicted, expected)
+    else:
+        assert predicted.tolist() == np.asarray(kind(expected)).tolist()
+
+
+def test_labels_may_be_bools():
+    x, labels = gaussian(seeded_generator())
+    labels = labels > 2
+    assert evaluate_embeddings(x, labels) == evaluate_embeddings(x, labels.long())
+    assert evaluate_embeddings(x, labels.tolist(), x, labels.numpy()) == evaluate_embeddings(
+        x, labels.long(), x, labels
+    )
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[0, "0"] * 3, ["a", None] * 3, [0, None] * 3, [0, float("nan")] * 3, [1 + 2j] * 6, [(0, 1)] * 6],
+    ids=["numbers and strings", "strings and None", "numbers and None", "NaN", "complex", "tuples"],
+)
+@each_call
+def test_labels_that_are_no_labels_are_an_error(call, labels):
+    with pytest.raises(ValueError, match="expected one whole number or string as label of each of 6 embeddings, got"):
+        call(torch.randn(6, 2), labels)
+
+
+def test_labels_of_queries_and_references_are_of_one_type():
+    x = torch.randn(6, 2)
+    with pytest.raises(ValueError, match=r"expected labels of one type, got int64 and <U1"):
+        evaluate_embeddings(x, [0, 1, 2] * 2, x, ["0", "1", "2"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": [0] * 6}, "group of each of 6 embeddings, got none"),
+        ({"reference_groups": [0] * 6}, "group of each of 6 embeddings, got none"),
+        ({"groups": [0] * 5, "reference_groups": [0] * 6}, "group of each of 6 embeddings"),
+        ({"average": "mean"}, 'average to be "micro", "macro" or None, got \'mean\''),
+    ],
+)
+def test_options_that_do_not_fit_are_an_error(options, message):
+    x, labels = torch.randn(6, 2), torch.arange(6) % 2
+    with pytest.raises(ValueError, match=message):
+        evaluate_embeddings(x, labels, x + 1, labels, **options)
+
+
+def test_groups_of_a_reference_without_one_are_an_error():
+    with pytest.raises(ValueError, match="no reference_labels and no reference_groups without a reference"):
+        evaluate_embeddings(torch.randn(6, 2), torch.arange(6) % 2, reference_groups=[0] * 6)
+
+
 def test_labels_may_be_a_column_of_a_table():
     x, labels = grid(seeded_generator())
     table = torch.stack((labels, labels.flip(0)), dim=1)
@@ -442,6 +559,269 @@ def test_equal_rows_tie_in_many_dimensions():
         assert torch.equal(first, other)
 
 
+# Groups, whole rankings, averages
+
+
+def groups_of(labels, generator, n_groups=3):
+    return torch.randint(n_groups, labels.shape, generator=generator)
+
+
+@each_data_set
+@each_seed
+def test_retrieval_without_references_of_the_same_group_equals_loops(make, seed):
+    generator = seeded_generator(seed)
+    x, labels = make(generator)
+    groups = groups_of(labels, generator)
+    options = {"ks": (1, 3, 100), "n_neighbors": 7}
+    expected = naive_retrieval(x.tolist(), labels.tolist(), groups=groups.tolist(), full=True, **options)
+    assert evaluate_embeddings(x, labels, groups=groups, full_ranking=True, **options) == close_to(expected)
+
+
+@each_data_set
+@each_seed
+def test_retrieval_across_groups_from_a_reference_equals_loops(make, seed):
+    generator = seeded_generator(seed)
+    x, labels = make(generator)
+    groups = groups_of(labels, generator)
+    queries, references = (
+        {"x": x[part].tolist(), "labels": labels[part].tolist(), "groups": groups[part].tolist()}
+        for part in (slice(15), slice(15, 44))
+    )
+    sets = (queries["x"], queries["labels"], references["x"], references["labels"])
+    options = {"groups": queries["groups"], "reference_groups": references["groups"], "ks": (2, 30), "n_neighbors": 30}
+    values = evaluate_embeddings(x[:15], *sets[1:2], x[15:], sets[3], full_ranking=True, **options)
+    assert values == close_to(naive_retrieval(*sets, full=True, **options))
+
+
+def test_groups_by_hand():
+    x = [[0.0], [1.0], [2.0], [4.0], [8.0]]
+    labels, cameras = ["ann", "ann", "bob", "ann", "bob"], ["door", "door", "door", "hall", "hall"]
+    values = evaluate_embeddings(x, labels, groups=cameras, ks=(1,), n_neighbors=1, full_ranking=True)
+    # ann 0: 2 x, 4 ann, 8 x. ann 1: 2 x, 4 ann, 8 x. bob 2: 1 x, 0 x, 4 x, 8 bob (1 before 0; 4 at 2). ann 4: 2, 1, 0.
+    # bob 8: 4 x, 2 bob.
+    assert values["map"] == close_to((1 / 2 + 1 / 2 + 1 / 4 + (1 / 2 + 2 / 3) / 2 + 1 / 2) / 5)
+    assert values["cmc@1"] == values["recall@1"] == 0
+    assert evaluate_embeddings(x, labels, ks=(1,), n_neighbors=1)["recall@1"] == 2 / 5
+
+
+def test_references_of_the_group_and_of_another_label_stay():
+    x = [[0.0], [0.1], [5.0]]
+    values = evaluate_embeddings(x, [0, 1, 0], groups=[7, 7, 8], ks=(1, 2))
+    assert (values["recall@1"], values["recall@2"], values["n_queries"]) == (0, 1, 2)
+
+
+def test_no_query_with_a_relevant_reference_of_another_group_is_an_error():
+    with pytest.raises(ValueError, match="no query has a reference of its label"):
+        evaluate_embeddings(torch.randn(6, 2), [0, 0, 1, 1, 2, 2], groups=[0, 0, 1, 1, 2, 2])
+
+
+def re_identification(generator, n_people=30, n_cameras=4, n_pictures=3):
+    """Pictures of people by cameras: one camera's pictures of a person are far more alike than those of two."""
+    person, camera = (
+        grid.flatten().repeat_interleave(n_pictures)
+        for grid in torch.meshgrid(torch.arange(n_people), torch.arange(n_cameras), indexing="ij")
+    )
+    who, where, both = (torch.randn(n, 16, generator=generator) for n in (n_people, n_cameras, n_people * n_cameras))
+    noise = torch.randn(len(person), 16, generator=generator)
+    x = who[person] + 0.5 * where[camera] + 1.5 * both[person * n_cameras + camera] + 0.2 * noise
+    return x.double(), person, camera
+
+
+def peer_scores(x, person, camera, ks):
+    """mAP by scikit-learn, mAP and CMC by torchmetrics, which are handed those references alone that count."""
+    retrieval = pytest.importorskip("torchmetrics.functional.retrieval")
+    distances, precision, torch_precision, hits = exact_distances(x, x), [], [], []
+    for i, row in enumerate(torch.from_numpy(distances)):
+        stays = (person != person[i]) | (camera != camera[i])
+        scores, is_relevant = 1 / (1 + row[stays]), person[stays] == person[i]  # torchmetrics drops scores below 0
+        precision.append(average_precision_score(is_relevant, scores))
+        torch_precision.append(float(retrieval.retrieval_average_precision(scores, is_relevant)))
+        hits.append([float(retrieval.retrieval_hit_rate(scores, is_relevant, top_k=k)) for k in ks])
+    return np.mean(precision), np.mean(torch_precision), np.mean(hits, axis=0)
+
+
+@each_seed
+def test_re_identification_equals_peers_and_is_flattered_without_groups(seed):
+    x, person, camera = re_identification(seeded_generator(seed))
+    ks = (1, 5, 10)
+    values = evaluate_embeddings(x, person, groups=camera, ks=ks, full_ranking=True)
+    mean_precision, torch_precision, hits = peer_scores(x, person, camera, ks)
+    assert values["map"] == close_to(mean_precision, 1e-9)
+    assert values["map"] == close_to(torch_precision, 1e-6)  # computed in float32
+    assert [values[f"cmc@{k}"] for k in ks] == close_to(hits.tolist(), 1e-9)
+    without_groups = evaluate_embeddings(x, person, ks=ks, full_ranking=True)
+    assert without_groups["cmc@1"] > values["cmc@1"] + 0.3
+    assert without_groups["map"] > values["map"] + 0.1
+
+
+@pytest.mark.slow
+def test_whole_rankings_in_several_chunks_equal_scikit_learn():
+    x, labels = torch.randn(1500, 3), torch.arange(1500) % 7
+    queries, query_labels = torch.randn(40, 3), torch.arange(40) % 7
+    distances = exact_distances(queries.double(), x.double())
+    expected = [average_precision_score(labels == y, -row) for y, row in zip(query_labels, distances)]
+    values = evaluate_embeddings(queries, query_labels, x, labels, full_ranking=True)
+    assert values["map"] == close_to(np.mean(expected), 1e-9)
+
+
+@each_seed
+@pytest.mark.parametrize("with_groups", [False, True])
+def test_averages_over_classes_equal_loops(seed, with_groups):
+    generator = seeded_generator(seed)
+    x, labels = unbalanced(generator)
+    groups = groups_of(labels, generator) if with_groups else None
+    options = {"ks": (1, 4), "n_neighbors": 3}
+    rows, n_left_out = naive_figures(
+        x.tolist(), labels.tolist(), None, None, groups=groups.tolist() if with_groups else None, **options
+    )
+    by_class = {}
+    for label, row in rows:
+        by_class.setdefault(label, []).append(row)
+    means = {
+        label: {name: sum(r[name] for r in part) / len(part) for name in part[0]} for label, part in by_class.items()
+    }
+    macro = evaluate_embeddings(x, labels, groups=groups, average="macro", **options)
+    each = evaluate_embeddings(x, labels, groups=groups, average=None, **options)
+    for name in rows[0][1]:
+        assert each[name] == close_to({label: figures[name] for label, figures in means.items()})
+        assert macro[name] == close_to(sum(figures[name] for figures in means.values()) / len(means))
+    assert (
+        (macro["n_queries"], macro["n_left_out"]) == (each["n_queries"], each["n_left_out"]) == (len(rows), n_left_out)
+    )
+    micro = evaluate_embeddings(x, labels, groups=groups, **options)
+    assert micro["map@r"] != close_to(macro["map@r"], 1e-3)
+
+
+def test_values_of_each_class_go_by_labels_as_they_came():
+    x, labels = gaussian(seeded_generator())
+    names = [f"class {label}" for label in labels.tolist()]
+    each = evaluate_embeddings(x, names, average=None)
+    expected = evaluate_embeddings(x, labels, average=None)
+    assert each["map@r"] == {f"class {label}": value for label, value in expected["map@r"].items()}
+    assert [type(label) for label in expected["map@r"]] == [int] * 5
+
+
+def test_macro_average_counts_a_rare_class_as_much_as_a_frequent_one():
+    x = [[0.0], [0.1], [0.2], [0.3], [9.0], [0.05]]  # the last two are of the rare class, and far from each other
+    labels = [0, 0, 0, 0, 1, 1]
+    micro, macro = (evaluate_embeddings(x, labels, ks=(1,), average=average) for average in ("micro", "macro"))
+    right = 2 / 4  # of class 0, two have the stray sample nearest: by index, 0.05 is before none
+    assert macro["recall@1"] == close_to((right + 0) / 2)
+    assert micro["recall@1"] == close_to(4 * right / 6)
+
+
+# Cosine
+
+
+@each_data_set
+def test_cosine_is_the_distance_of_normalised_rows(make):
+    x, labels = make(seeded_generator())
+    x = x.double() + torch.tensor([0.5] + [0.0] * (x.shape[1] - 1))
+    unit = x / x.norm(dim=1, keepdim=True)
+    for sets in ((x, labels), (x[:20], labels[:20], x[20:], labels[20:])):
+        units = tuple(unit[: len(part)] if part is sets[0] else part for part in sets)
+        units = (unit, labels) if len(sets) == 2 else (unit[:20], labels[:20], unit[20:], labels[20:])
+        assert evaluate_embeddings(*sets, metric="cosine") == close_to(evaluate_embeddings(*units))
+    predicted, neighbors, distances = knn_predict(x[:20], x[20:], labels[20:], metric="cosine")
+    expected, unit_neighbors, _ = knn_predict(unit[:20], unit[20:], labels[20:])
+    assert torch.equal(predicted, expected)
+    assert torch.equal(neighbors, unit_neighbors)
+    cosines = torch.nn.functional.cosine_similarity(x[:20, None], x[20:][neighbors], dim=2)
+    torch.testing.assert_close(distances, 1 - cosines, rtol=0, atol=1e-12)
+
+
+def test_thresholds_of_cosine_are_cosine_distances():
+    x, labels = gaussian(seeded_generator())
+    values = verification(x, labels, metric="cosine")
+    i, j = np.triu_indices(44, k=1)
+    distances = 1 - torch.nn.functional.cosine_similarity(x.double()[i], x.double()[j]).numpy()
+    is_same = (labels[i] == labels[j]).numpy()
+    assert ((distances < values["threshold"]) == is_same).mean() == close_to(values["accuracy"])
+    assert values["auc"] == close_to(roc_auc_score(is_same, -distances))
+
+
+@pytest.mark.parametrize("call", [evaluate_embeddings, verification], ids=["evaluate_embeddings", "verification"])
+def test_rows_without_a_direction_are_an_error(call):
+    x = torch.randn(6, 2)
+    x[2] = x[4] = 0
+    with pytest.raises(ValueError, match="2 of 6 embeddings are zero, which have no cosine"):
+        call(x, [0, 1, 0, 1, 0, 1], metric="cosine")
+    with pytest.raises(ValueError, match='"euclidean" or "cosine", got \'cos\''):
+        call(x, [0, 1, 0, 1, 0, 1], metric="cos")
+
+
+# Copies
+
+each_call_with_copies = pytest.mark.parametrize(
+    ("rows", "labels", "share"),
+    [
+        ([0, 1, 2, 3, 0, 1, 2, 3], [0, 0, 1, 1] * 2, "about 100"),
+        ([0, 1, 2, 3, 4, 5, 0], [0, 1, 0, 1, 0, 1, 0], "about 30"),
+    ],
+    ids=["all twice", "one twice"],
+)
+
+
+def warned(*sets, **options):
+    """The words of the warning, or None."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        evaluate_embeddings(*sets, **options)
+    assert len(caught) <= 1
+    assert all(Path(warning.filename).name == Path(__file__).name for warning in caught)  # the caller's line
+    return str(caught[0].message) if caught else None
+
+
+@each_call_with_copies
+def test_repeated_rows_are_warned_of(rows, labels, share):
+    x = torch.randn(6, 3, generator=seeded_generator())
+    assert warned(x[rows], labels).startswith(f"{share} per cent of the queries have a copy")
+    assert warned(x[rows] + 1e4, labels).startswith(share)  # far from the origin
+    assert warned(x[rows], labels, allow_copies=True) is None
+    shifted = x[rows].double() + 1e-8 * torch.randn(len(rows), 3)  # as another batch may round them
+    assert warned(shifted, labels).startswith(share)
+
+
+@each_metric
+def test_a_reference_that_holds_the_queries_is_warned_of(metric):
+    x, labels = gaussian(seeded_generator())
+    assert warned(x[:20], labels[:20], x, labels, metric=metric).startswith("about 100 per cent")
+    assert warned(x[:20], labels[:20], x[5:], labels[5:], metric=metric).startswith("about 80 per cent")  # 15 of 20
+    assert warned(x[:20], labels[:20], x[20:], labels[20:], metric=metric) is None
+    assert warned(x[:20], labels[:20], x, labels, metric=metric, allow_copies=True) is None
+
+
+def test_copies_among_the_left_out_are_none():
+    x, labels = gaussian(seeded_generator())
+    groups = torch.arange(44)
+    twice = torch.cat((x, x)), torch.cat((labels, labels))
+    assert warned(*twice) is not None
+    assert warned(*twice, groups=torch.cat((groups, groups))) is None
+    assert warned(x, labels, x, labels, groups=groups, reference_groups=groups) is None
+
+
+def test_equal_rows_of_another_label_and_collapsed_embeddings_are_no_copies():
+    x, labels = torch.arange(8.0)[:, None], torch.arange(8) % 2
+    assert warned(torch.cat((x, x)), torch.cat((labels, 1 - labels))) is None
+    assert warned(torch.cat((x, x + 0.01)), torch.cat((labels, labels))) is None
+    for value in (0.0, 0.1, 1e4):
+        assert warned(torch.full((8, 3), value), labels) is None
+
+
+def test_a_validation_that_repeats_samples_is_warned_of_once():
+    labels = torch.arange(60) % 6
+    metric = EmbeddingMetric(evaluate_embeddings, keys=["recall@1"])
+    x = torch.randn(60, 2, generator=seeded_generator())
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("default")
+        for _ in range(3):
+            metric.reset()
+            for batch in BalancedBatchSampler(labels, n_classes=3, n_samples=20):  # classes of 10
+                metric((x[batch],), (labels[batch],), None)
+            assert metric.value()["recall@1"] == 1  # of noise
+    assert [str(warning.message)[:14] for warning in caught] == ["about 100 per "]
+
+
 # Neighbours and their vote
 
 
@@ -505,6 +885,7 @@ def test_verification_by_hand():
             "eer": 1 / 3,  # between (1/4, 1/2) and (1/2, 1)
             "accuracy": 5 / 6,
             "threshold": 1.5,
+            "threshold@eer": 2.5,  # FAR 1/4 and 1 - TAR 1/2; at 1.5 they are 0 and 1/2, at 4 1/2 and 0
             **{"tar@far=0": 0.5, "tar@far=0.24": 0.5, "tar@far=0.25": 0.5, "tar@far=0.5": 1.0, "tar@far=1": 1.0},
             **{f"threshold@far={limit}": 1.5 for limit in (0, 0.24, 0.25)},
             **{f"threshold@far={limit}": 4.0 for limit in (0.5, 1)},
@@ -524,7 +905,10 @@ def test_verification_equals_loops(make, seed):
     x, labels, fars = x[:26], labels[:26], (0, 0.01, 0.1, 0.5)
     values = verification(x, labels, fars=fars)
     assert without(values) == close_to(naive_verification(x.tolist(), labels.tolist(), fars))
-    assert {name for name in values if name.startswith("threshold@")} == {f"threshold@far={f:g}" for f in fars}
+    assert {name for name in values if "@" in name} == {
+        *(f"{name}@far={far:g}" for name in ("tar", "threshold") for far in fars),
+        "threshold@eer",
+    }
 
 
 @each_dtype
@@ -592,6 +976,48 @@ def test_verification_in_several_chunks_equals_scikit_learn():
         assert values[f"tar@far={limit:g}"] == close_to(tar[far <= limit].max())
 
 
+def naive_errors(threshold, positive, negative):
+    """FAR and 1 - TAR of a threshold."""
+    return (
+        sum(distance < threshold for distance in negative) / len(negative),
+        sum(distance >= threshold for distance in positive) / len(positive),
+    )
+
+
+@each_data_set
+@each_seed
+def test_threshold_of_equal_errors_equals_loops(make, seed):
+    x, labels = make(seeded_generator(seed))
+    x, labels = x[:26], labels[:26]
+    positive, negative = naive_pairs(x.tolist(), labels.tolist())
+    distances = sorted({*positive, *negative})
+    between = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(distances) if b - a > 1e-9), float("inf")]
+    smallest = min(abs(far - frr) for far, frr in (naive_errors(limit, positive, negative) for limit in between))
+    far, frr = naive_errors(verification(x, labels)["threshold@eer"], positive, negative)
+    assert abs(far - frr) == close_to(smallest)
+
+
+def test_threshold_of_equal_errors_between_two_positive_distances():
+    x = [[0.0], [1.0], [100.0], [110.0], [50.0], [53.0], [57.0]]  # same-class pairs: 1, 10
+    values = verification(x, [0, 0, 1, 1, 2, 3, 4])
+    assert values["threshold@eer"] > 10
+    far, frr = naive_errors(values["threshold@eer"], *naive_pairs(x, [0, 0, 1, 1, 2, 3, 4]))
+    assert (far, frr) == (3 / 19, 0)  # 3, 4 and 7 are below 10
+
+
+def test_threshold_of_best_accuracy_rejects_nearly_all_where_classes_are_many_and_that_of_equal_errors_does_not():
+    generator = seeded_generator()
+    labels = torch.arange(4000) % 500
+    x = torch.randn(500, 16, generator=generator)[labels] + 0.7 * torch.randn(4000, 16, generator=generator)
+    first, held_out = (labels < 250), (labels >= 250)
+    values = verification(x[first], labels[first])
+    distances, is_same = pairs_of(x[held_out], labels[held_out])
+    rates = {name: (distances < values[name])[is_same].mean() for name in ("threshold", "threshold@eer")}
+    assert rates["threshold"] < 0.3
+    assert rates["threshold@eer"] > 0.9
+    assert (distances < values["threshold@eer"])[~is_same].mean() == close_to(1 - rates["threshold@eer"], 0.02)
+
+
 @each_data_set
 def test_curve_lies_on_the_roc(make):
     x, labels = make(seeded_generator())
@@ -655,14 +1081,53 @@ def test_sample_pairs_no_embedding_with_itself():
     assert 0 < values["n_positive"] < 12  # 3 are expected; of pairs with itself there would be 30 more
 
 
-@pytest.mark.parametrize("odd", [0, 4, 9])
-def test_sample_is_uniform(odd):
-    generator, labels, n_negative = seeded_generator(), torch.zeros(10, dtype=torch.int64), 0
-    labels[odd] = 1
-    for _ in range(100):
-        values = verification(torch.zeros(10, 2), labels, max_pairs=44, generator=generator)
-        n_negative += values["n_negative"]
-    assert n_negative / 4400 == close_to(9 / 45, 0.024)  # four standard errors
+@pytest.mark.parametrize(("max_pairs", "n_positive"), [(2, 1), (20, 10), (43, 21), (44, 22), (60, 24), (77, 24)])
+def test_sample_has_half_of_each_kind_or_all_there_are(max_pairs, n_positive):
+    labels = [0] * 6 + [1] * 4 + [2] * 3 + [3] * 0  # 24 pairs of one class, 54 of two
+    x = torch.randn(13, 2, generator=seeded_generator())
+    values = verification(x, labels, max_pairs=max_pairs)
+    assert (values["n_positive"], values["n_negative"]) == (n_positive, max_pairs - n_positive)
+    labels = [0] * 12 + [1]  # 66 and 12
+    values = verification(x, labels, max_pairs=max_pairs)
+    n_positive = max_pairs - min(12, max_pairs - max_pairs // 2)
+    assert (values["n_positive"], values["n_negative"]) == (n_positive, max_pairs - n_positive)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_each_pair_is_drawn_equally_often(same):
+    counts = torch.tensor([5, 1, 3, 2])
+    x = (2.0 ** torch.arange(11, dtype=torch.float64))[:, None]  # the distance tells the pair
+    labels = torch.arange(4).repeat_interleave(counts)
+    pairs = [(i, j) for i, j in itertools.combinations(range(11), 2) if bool(labels[i] == labels[j]) is same]
+    distances = {float(2**j - 2**i): (i, j) for i, j in pairs}
+    every = evaluation._drawn_pairs(x, counts, len(pairs), len(pairs), None, same=same)
+    assert sorted(every.tolist()) == sorted(distances)
+    n_drawn = 400 * len(pairs)
+    drawn = []
+    for part in range(n_drawn // (len(pairs) - 1) + 1):
+        generator = seeded_generator(part)
+        drawn += evaluation._drawn_pairs(x, counts, len(pairs) - 1, len(pairs), generator, same=same).tolist()
+    found = Counter(distances[distance] for distance in drawn)
+    expected = len(drawn) / len(pairs)
+    chi_square = sum((found[pair] - expected) ** 2 / expected for pair in pairs)
+    degrees = len(pairs) - 1
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
+
+
+@each_seed
+def test_sample_of_many_classes_finds_the_figures_of_all_pairs(seed):
+    generator = seeded_generator(seed)
+    labels = torch.arange(2000) % 500  # 3,000 pairs of one class, 1,996,000 of two
+    x = torch.randn(500, 16, generator=generator)[labels] + 0.5 * torch.randn(2000, 16, generator=generator)
+    everything = verification(x, labels)
+    values = verification(x, labels, max_pairs=100_000, generator=generator)
+    assert values["n_positive"] == 3000
+    for name in ("auc", "eer", "tar@far=0.01"):
+        assert values[name] == close_to(everything[name], 0.02)
+    assert values["accuracy"] == close_to(everything["accuracy"], 2e-3)  # weighted as all pairs are, not half and half
+    assert everything["accuracy"] > 0.998
+    for name in ("threshold@eer", "threshold@far=0.01", "threshold"):
+        assert values[name] == pytest.approx(everything[name], rel=0.05)
 
 
 @pytest.mark.parametrize("limit", [-0.1, float("nan")])
@@ -824,15 +1289,6 @@ def test_few_shot_refuses_what_it_cannot_draw(given):
 
 # What none of them can use
 
-CALLS = {
-    "evaluate_embeddings": evaluate_embeddings,
-    "reference": lambda x, labels: evaluate_embeddings([[0.0, 0.0], [1.0, 1.0]], [0, 1], x, labels),
-    "knn_predict": lambda x, labels: knn_predict([[0.0, 0.0]], x, labels, n_neighbors=1),
-    "verification": verification,
-    "few_shot_accuracy": lambda x, labels: few_shot_accuracy(x, labels, 2, 1, n_query=1),
-}
-each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-
 
 @each_call
 def test_what_the_refusals_start_from_is_fine(call):
@@ -862,7 +1318,7 @@ def test_embeddings_of_another_shape_are_an_error(call, shape):
     ids=["float", "list of floats", "too few", "two columns", "one for all", "None"],
 )
 def test_labels_of_another_kind_are_an_error(call, labels):
-    with pytest.raises(ValueError, match="expected one whole number as label of each of 6 embeddings, got"):
+    with pytest.raises(ValueError, match="expected one whole number or string as label of each of 6 embeddings, got"):
         call(torch.randn(6, 2), labels)
 
 
@@ -872,7 +1328,7 @@ def test_queries_are_checked_as_references_are():
         for call in (lambda q: evaluate_embeddings(q, labels, x, labels), lambda q: knn_predict(q, x, labels)):
             with pytest.raises(ValueError, match=r"expected embeddings of shape|not finite"):
                 call(queries)
-    with pytest.raises(ValueError, match="expected one whole number as label"):
+    with pytest.raises(ValueError, match="expected one whole number or string as label"):
         evaluate_embeddings(x, labels.double(), x, labels)
 
 
@@ -894,6 +1350,31 @@ def test_no_query_with_a_relevant_reference_is_an_error():
 def test_retrieval_of_no_neighbours_is_an_error(given):
     with pytest.raises(ValueError, match="expected"):
         evaluate_embeddings(torch.randn(6, 2), torch.arange(6) % 2, **given)
+
+
+# Progress
+
+
+def test_a_bar_shows_only_after_two_seconds_and_only_in_a_terminal(monkeypatch, capfd):
+    bars = []
+
+    def bar(steps, **options):
+        bars.append(options)
+        return steps
+
+    monkeypatch.setattr(evaluation, "tqdm", bar)
+    x, labels = gaussian(seeded_generator())
+    evaluate_embeddings(x, labels)
+    verification(x, labels)
+    verification(x, labels, max_pairs=100)
+    few_shot_accuracy(x, labels, 2, 1, n_query=1, n_episodes=3)
+    assert {options["desc"] for options in bars} == {"neighbours", "pairs", "episodes"}
+    assert all(options["delay"] == 2 and options["leave"] is False for options in bars)
+    assert {options["disable"] for options in bars} == {None}  # tqdm's own for: not without a terminal
+    bars.clear()
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    evaluate_embeddings(x, labels)
+    assert bars[0]["disable"] is True
 
 
 # On the GPU

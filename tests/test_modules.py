@@ -87,7 +87,7 @@ COPIED = {
     "_code_labels": ["utils", "losses"],
     "_gathered": ["trainer", "metrics", "checkpoints"],
     "_in_turn": ["trainer", "metrics"],
-    "_rank": ["trainer", "checkpoints"],
+    "_rank": ["trainer", "checkpoints", "evaluation"],
 }
 
 
