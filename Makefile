@@ -57,6 +57,7 @@ benchmark: $(VENV)/.installed-dev
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/epoch.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/chunks.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/retrieval.py
+	PYTHONPATH=.:scripts $(BIN)/python benchmarks/large_sets.py
 	PYTHONPATH=.:scripts $(BIN)/python benchmarks/readme.py
 
 benchmark-gpu: $(VENV)/.installed-dev

@@ -264,15 +264,14 @@ def few_shot_accuracy(
         need = f"{n_way} classes of at least {n_shot} + {n_query} samples{'' if groups is None else ' in one group'}"
         raise ValueError(f"expected {need}, and numbers of at least 1; {len(classes)} classes have so many")
     truth = torch.arange(n_way, device=x.device)[:, None]
-    accuracies = []
+    accuracies = torch.empty(n_episodes, dtype=torch.float64)
     for episode in _progress(range(n_episodes), "episodes"):
         classes = of_groups[episode % len(of_groups)]
         ways = [classes[c] for c in torch.randperm(len(classes), generator=generator)[:n_way].tolist()]
         drawn = [way[torch.randperm(len(way), generator=generator)[:n_drawn].to(way.device)] for way in ways]
         support, query = x[torch.stack(drawn)].split((n_shot, n_query), dim=1)  # (n_way, n_shot | n_query, D)
         nearest = _nearest_exactly(query.flatten(0, 1), support.mean(dim=1), min(n_way, 3))[0][:, 0]
-        accuracies.append((nearest.view(n_way, n_query) == truth).double().mean())
-    accuracies = torch.stack(accuracies)
+        accuracies[episode] = (nearest.view(n_way, n_query) == truth).double().mean()
     interval = 1.96 * accuracies.std(correction=1) / n_episodes**0.5 if n_episodes > 1 else torch.inf
     return float(accuracies.mean()), float(interval)
 
@@ -372,7 +371,7 @@ def _retrieval(queries, references, codes, left_out, ks, n_neighbors, full_ranki
     R = R if left_out is None else R - left_out[2]
     used = (R > 0).nonzero().squeeze(1)  # (n,)
     if len(used) == 0:
-        raise ValueError("no query has a reference of its label")
+        raise ValueError("no query has a reference of its label, but for those left out")
     queries, labels, R = queries[used], codes[0][used], R[used]
     left_out = left_out and (left_out[0], left_out[1][used], left_out[2][used])
     k = len(references) if full_ranking else max(*ks, n_neighbors, int(R.max()))

@@ -191,6 +191,110 @@ class AverageNonzeroTripletsMetric(Metric):
         return "Average nonzero triplets"
 
 
+class PairAccuracyMetric(Metric):
+    """Accuracy in per cent of SiameseNet's pairs or TripletNet's triplets, by their Euclidean distances d.
+
+    A pair is accepted as of one class if d < threshold. A triplet is correct if d(anchor, positive) is less than
+    d(anchor, negative), so none is where embeddings have collapsed. A distance that is NaN is never less.
+
+    Args:
+        threshold: for pairs, not negative, such as `verification(...)["threshold@eer"]` of other data. None:
+            the best one for the pairs of the pass. That is optimistic: the pairs that choose it are those it is judged
+            by, and it gets at least the larger of the two kinds right. Keeps 16 bytes for each pair.
+
+    Raises:
+        ValueError: another threshold.
+
+    >>> import torch
+    >>> accuracy = PairAccuracyMetric(threshold=1.0)
+    >>> pairs = torch.tensor([[0.0], [0.0], [0.0]]), torch.tensor([[0.5], [2.0], [3.0]])
+    >>> accuracy(pairs, (torch.tensor([1, 0, 0]),), None)
+    >>> accuracy.value()
+    100.0
+    """
+
+    correct: Any
+    n_outside: Any
+    total: int
+    pairs: list[Tensor]
+
+    def __init__(self, threshold: float | None = None) -> None:
+        is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+        if threshold is not None and not (is_number and threshold >= 0):
+            raise ValueError(f"expected threshold to be None or a distance, 0 or more, got {threshold!r}")
+        self.threshold = None if threshold is None else float(threshold)
+        self.reset()
+
+    def __call__(self, outputs: tuple[Tensor, ...], target: tuple[Tensor] | None, loss: Any) -> None:
+        """Take in a batch.
+
+        Args:
+            outputs: of pairs two embeddings (B, D), of triplets three: anchor, positive, negative.
+            target: of pairs (B,) or (B, 1) in any numeric dtype: 1 where the pair is of one class, 0 where it is not,
+                or between: of one class where above 0.5. None for triplets.
+            loss: not used.
+
+        Raises:
+            ValueError: for anything else. A target below 0 or above 1 is noticed by `value()`.
+        """
+        outputs, target = self._checked(outputs, target)
+        anchor, *others = (_double(x) for x in outputs)
+        distances = [torch.linalg.vector_norm(anchor - other, dim=1) for other in others]
+        if target is None:
+            self.correct = self.correct + (distances[0] < distances[1]).sum()
+        else:
+            target = _double(target).reshape(-1).to(anchor.device)
+            self.n_outside = self.n_outside + (~((target >= 0) & (target <= 1))).sum()
+            if self.threshold is None:
+                self.pairs.append(torch.stack((distances[0], target)))  # (2, B)
+            else:
+                self.correct = self.correct + ((distances[0] < self.threshold) == (target > 0.5)).sum()
+        self.total += len(anchor)
+
+    def _checked(self, outputs, target):
+        """Outputs and a target, None of triplets."""
+        outputs, target = (x if isinstance(x, (tuple, list)) else (x,) for x in (outputs, target))
+        targets = [x for x in target if x is not None]
+        shapes = [tuple(x.shape) if torch.is_tensor(x) else () for x in (*outputs, *targets)]
+        if len(set(shapes[: len(outputs)])) == 1 and len(shapes[0]) == 2:
+            B = shapes[0][0]
+            if len(outputs) == 3 and not targets:
+                return outputs, None
+            if len(outputs) == 2 and len(targets) == 1 and shapes[2] in ((B,), (B, 1)):
+                return outputs, targets[0]
+        came, target_came = (" and ".join(map(_kind, x)) or "nothing" for x in (outputs, targets))
+        needed = "SiameseNet's pairs, two (B, D) and a target (B,), or TripletNet's triplets, three (B, D) alone"
+        raise ValueError(f"{self.name()} got {came} as outputs, {target_came} as target: give it {needed}")
+
+    def reset(self) -> None:
+        self.correct = self.n_outside = self.total = 0
+        self.pairs = []
+
+    def gather(self) -> None:
+        """Add the pairs or triplets of the other processes."""
+        pairs = [torch.cat(self.pairs, dim=1).cpu()] if self.pairs else []
+        own = int(self.correct), int(self.n_outside), self.total, pairs
+        correct, n_outside, totals, pairs = zip(*_gathered(own))
+        self.correct, self.n_outside, self.total = sum(correct), sum(n_outside), sum(totals)
+        self.pairs = [part for own in pairs for part in own]
+
+    def value(self) -> float:
+        """Accuracy in per cent; ValueError before the first batch, or if a target is below 0, above 1 or NaN."""
+        if self.total == 0:
+            raise ValueError(f"{self.name()} has no value before the first batch")
+        if self.n_outside > 0:
+            given = f"{int(self.n_outside)} of {self.total} beyond"
+            raise ValueError(f"{self.name()} needs pairs with targets from 0 to 1, got {given}: are these labels?")
+        correct = int(self.correct)
+        if self.pairs:
+            distances, target = torch.cat(self.pairs, dim=1)
+            correct += _most_correct(distances, target > 0.5)
+        return 100 * correct / self.total
+
+    def name(self) -> str:
+        return "Pair accuracy"
+
+
 class EmbeddingMetric(_OutputMetric):
     """Numbers computed from all embeddings of a validation pass: retrieval, verification, or a function of your own.
 
@@ -283,7 +387,8 @@ class EmbeddingStatisticsMetric(_OutputMetric):
     - `positive_distance`, `negative_distance`: mean distance of two samples of the same and of different classes,
       within batches.
 
-    Embeddings that are not finite give NaN.
+    Embeddings that are not finite give NaN. Of n samples it keeps min(n, D) * D numbers, then at most 2 * D^2, and
+    takes the eigenvalues of a matrix of min(n, D) rows.
 
     Args:
         output: which of the model's outputs holds the embeddings; negative numbers count from the last.
@@ -297,6 +402,7 @@ class EmbeddingStatisticsMetric(_OutputMetric):
 
     center: Any
     sums: dict[str, Any]
+    rows: list[Tensor]
 
     @torch.no_grad()
     def __call__(self, outputs: tuple[Tensor, ...], target: tuple[Tensor] | None, loss: Any) -> None:
@@ -308,32 +414,49 @@ class EmbeddingStatisticsMetric(_OutputMetric):
         if self.center is None:
             self.center = x.mean(dim=0)
         shifted = x - self.center
-        distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-        same = (labels[:, None] == labels).to(x.device)  # (B, B)
-        is_pair = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-        sums = {"n": len(x), "sum": shifted.sum(dim=0), "products": shifted.T @ shifted, "norm": x.norm(dim=1).sum()}
-        for name, pairs in (("positive", same & is_pair), ("negative", ~same)):
+        distances = torch.nn.functional.pdist(x)  # (B * (B - 1) / 2,), by differences: exact far from the origin too
+        i, j = torch.triu_indices(len(x), len(x), offset=1, device=labels.device)
+        same = (labels[i] == labels[j]).to(x.device)
+        sums = {"n": len(x), "sum": shifted.sum(dim=0), "norm": x.norm(dim=1).sum(), "n_single": n_single}
+        for name, pairs in (("positive", same), ("negative", ~same)):
             sums |= {f"{name}_distance": (distances * pairs).sum(), f"n_{name}": pairs.sum()}
-        self._add(sums | {"n_single": n_single})
+        self._add(sums, [shifted])
 
-    def _add(self, sums):
+    def _add(self, sums, rows):
+        """Add sums, and rows (n, D) less the centre. Of these at most D are kept beside the products."""
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value
+        for part in rows:
+            self.rows.append(part)
+            if sum(map(len, self.rows)) > part.shape[1]:
+                self._fold()
+
+    def _fold(self):
+        """Replace the rows by their products (D, D), added up."""
+        if self.rows:
+            rows = torch.cat(self.rows)
+            products = self.sums.get("products", rows.new_zeros(rows.shape[1], rows.shape[1]))
+            self.sums["products"] = torch.addmm(products, rows.T, rows)
+            self.rows = []
 
     def reset(self) -> None:
-        self.center, self.sums = None, {}
+        self.center, self.sums, self.rows = None, {}, []
 
     def gather(self) -> None:
         """Add the batches of the other processes."""
+        if "products" in self.sums:
+            self._fold()  # a process sends rows or products, not both
         center, sums = self.center, {k: v.cpu() if torch.is_tensor(v) else v for k, v in self.sums.items()}
-        parts = [part for part in _gathered((None if center is None else center.cpu(), sums)) if part[0] is not None]
+        own = None if center is None else (center.cpu(), sums, [part.cpu() for part in self.rows])
+        parts = [part for part in _gathered(own) if part is not None]
         self.reset()
-        for center, sums in parts:
+        for center, sums, rows in parts:
             self.center = center if self.center is None else self.center
-            shift, total = center - self.center, sums["sum"]
-            cross = torch.outer(total, shift)
-            products = sums["products"] + cross + cross.T + sums["n"] * torch.outer(shift, shift)
-            self._add(sums | {"sum": total + sums["n"] * shift, "products": products})
+            shift, n = center - self.center, sums["n"]
+            if "products" in sums:
+                cross = torch.outer(sums["sum"], shift)
+                sums = sums | {"products": sums["products"] + cross + cross.T + n * torch.outer(shift, shift)}
+            self._add(sums | {"sum": sums["sum"] + n * shift}, [part + shift for part in rows])
 
     def value(self) -> dict[str, float] | None:
         """The dict above, without distances of which there were no pairs; None before the first batch."""
@@ -341,11 +464,8 @@ class EmbeddingStatisticsMetric(_OutputMetric):
             return None
         n, sums = self.sums["n"], self.sums
         self._refuse_pairs(sums["n_single"])
-        mean = sums["sum"] / n
-        covariance = sums["products"] / n - torch.outer(mean, mean)
-        is_finite = bool(covariance.isfinite().all())  # eigvalsh raises an error for others
-        variances = torch.linalg.eigvalsh(covariance).clamp(min=0) if is_finite else covariance.diagonal() * torch.nan
-        shares = variances / variances.sum().clamp(min=torch.finfo(variances.dtype).tiny)  # (D,)
+        variances = self._variances()
+        shares = variances / variances.sum().clamp(min=torch.finfo(variances.dtype).tiny)
         values = {
             "spread": float(variances.sum().sqrt()),
             "effective_rank": float(torch.special.entr(shares).sum().exp()),
@@ -356,8 +476,38 @@ class EmbeddingStatisticsMetric(_OutputMetric):
                 values[f"{name}_distance"] = float(sums[f"{name}_distance"]) / int(sums[f"n_{name}"])
         return values
 
+    def _variances(self):
+        """Eigenvalues of the covariance (D,), or (n,) of n <= D rows, which have no others but zeros."""
+        n = self.sums["n"]
+        mean = self.sums["sum"] / n
+        if "products" in self.sums:
+            self._fold()
+            products = self.sums["products"] / n - torch.outer(mean, mean)  # (D, D)
+        else:
+            products = _lower_products(torch.cat(self.rows) - mean) / n  # (n, n)
+        if not products.isfinite().all():  # eigvalsh raises an error for others
+            return products.diagonal() * torch.nan
+        return torch.linalg.eigvalsh(products).clamp(min=0)  # of the lower triangle
+
     def name(self) -> str:
         return "Embedding statistics"
+
+
+def _most_correct(distances, is_same):
+    """How many of P pairs the best threshold gets right, (P,) each. Equal distances are on one side of it."""
+    distances, order = distances.sort()  # NaN last
+    gains = (2 * is_same[order].long() - 1).cumsum(dim=0)  # by accepting this pair and all before
+    is_last = distances.isfinite()
+    is_last[:-1] &= distances[:-1] != distances[1:]
+    return int((~is_same).sum()) + int((gains * is_last).max().clamp(min=0))  # 0: no pair is accepted
+
+
+def _lower_products(rows, size=256):
+    """Products of each two rows (n, n), in the lower triangle. Without the upper one they take little over half."""
+    products = rows.new_zeros(len(rows), len(rows))
+    for start in range(0, len(rows), size):
+        products[start:, start : start + size] = rows[start:] @ rows[start : start + size].T
+    return products
 
 
 def _kind(thing):

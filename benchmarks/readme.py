@@ -7,6 +7,7 @@ from pathlib import Path
 
 import chunks
 import epoch
+import large_sets
 import precision
 import retrieval
 import scaling
@@ -26,7 +27,7 @@ COMMANDS = {
 
 def with_tables(text):
     """The text with what stands between `<!-- NAME -->` and `<!-- end -->` replaced by that benchmark's table."""
-    for benchmark in (selection, selection_gpu, scaling, shares, epoch, chunks, precision, retrieval):
+    for benchmark in (selection, selection_gpu, scaling, shares, epoch, chunks, precision, retrieval, large_sets):
         name = benchmark.__name__
         if not (RESULTS / f"{name}.json").exists():  # as that of a GPU, where none has been at hand
             continue

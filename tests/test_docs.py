@@ -57,12 +57,23 @@ def run_blocks(page):
 @pytest.mark.filterwarnings("ignore:You are using `torch.load`")  # torch 2.4's own torch.export.load does
 @pytest.mark.parametrize("page", GUIDES)
 def test_code_of_a_guide_runs_as_printed(page, tmp_path, monkeypatch):
+    if page.stem == "search":
+        pytest.importorskip("faiss", reason="docs/search.md needs faiss: pip install faiss-cpu")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
     values = run_blocks(page)
     if page.stem == "two_encoders":
         assert values["before"] < 0.2
         assert values["after"] > 0.6
+    if page.stem == "after":
+        assert values["honest"]["map"] < values["easy"]["map"] - 0.05
+        assert values["by_accuracy"][0] < 0.3
+        assert values["by_equal_errors"][0] > 0.85
+        assert values["by_equal_errors"][0] + values["by_equal_errors"][1] == pytest.approx(1, abs=0.05)
+    if page.stem == "search":
+        recall = values["recall"]
+        assert 0.5 < recall["ivfpq"] < recall["reranked"] <= 1
+        assert min(recall["reranked"], recall["hnsw"]) > 0.95
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

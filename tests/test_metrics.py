@@ -1,6 +1,7 @@
 """Tests of metrics.py, against numbers worked by hand and loops."""
 
 import copy
+import itertools
 import math
 import pickle
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import metrics as metrics_module
-from datasets import SiameseDataset
+from datasets import SiameseMNIST, TripletMNIST
 from evaluation import evaluate_embeddings, verification
 from metrics import (
     AccumulatedAccuracyMetric,
@@ -20,8 +21,9 @@ from metrics import (
     EmbeddingMetric,
     EmbeddingStatisticsMetric,
     Metric,
+    PairAccuracyMetric,
 )
-from networks import SiameseNet
+from networks import SiameseNet, TripletNet
 from trainer import extract_embeddings, fit, test_epoch
 
 
@@ -69,14 +71,24 @@ def feed(metric, x, labels, size=10):
     return metric
 
 
+def tensors_in(thing):
+    """Those in nested dicts and lists."""
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
+    return [thing] if torch.is_tensor(thing) else [x for part in parts for x in tensors_in(part)]
+
+
 # Accuracy and the number of active triplets
 
 
 @pytest.mark.parametrize(
     ("metric", "name"),
-    [(AccumulatedAccuracyMetric(), "Accuracy"), (AverageNonzeroTripletsMetric(), "Average nonzero triplets")],
+    [
+        (AccumulatedAccuracyMetric(), "Accuracy"),
+        (AverageNonzeroTripletsMetric(), "Average nonzero triplets"),
+        (PairAccuracyMetric(), "Pair accuracy"),
+    ],
 )
-def test_metric_is_a_metric_with_the_original_name(metric, name):
+def test_metric_is_a_metric_with_its_name(metric, name):
     assert isinstance(metric, Metric)
     assert metric.name() == name
 
@@ -336,7 +348,7 @@ def test_target_of_several_parts_is_picked_from_in_a_subclass(make_metric):
 @pytest.mark.parametrize("make_metric", [METRICS_OF_OUTPUTS["embeddings"], EmbeddingStatisticsMetric])
 def test_pairs_of_a_siamese_network_are_no_embeddings_of_samples(make_metric):
     data = TensorDataset(torch.randn(20, 3), torch.arange(20) % 4)
-    loader = DataLoader(SiameseDataset(data), batch_size=5)
+    loader = DataLoader(SiameseMNIST(data), batch_size=5)
 
     def value_of(output):
         _, [metric] = test_epoch(
@@ -371,10 +383,6 @@ def test_metric_keeps_no_graph_and_no_view(make_metric):
         metric((whole[:, :3],), labels_of(0, 1, 2, 0), None)
     value = metric.value()
     metric(((whole * 2)[:, :3],), labels_of(0, 1, 2, 0), None)  # training
-
-    def tensors_in(thing):
-        parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list) else ()
-        return [thing] if torch.is_tensor(thing) else [x for part in parts for x in tensors_in(part)]
 
     kept = tensors_in(vars(metric))
     assert kept
@@ -423,6 +431,7 @@ def test_no_batch_waits_for_the_gpu():
     x, labels = torch.randn(40, 6, device="cuda"), torch.arange(40, device="cuda") % 5
     count = torch.tensor(7, device="cuda")
     metrics = [make() for make in METRICS_OF_OUTPUTS.values()] + [AverageNonzeroTripletsMetric()]
+    of_pairs, of_triplets = [PairAccuracyMetric(), PairAccuracyMetric(1.0)], PairAccuracyMetric()
     mode = torch.cuda.get_sync_debug_mode()
     for repeat in range(2):  # the first loads kernels
         torch.cuda.set_sync_debug_mode(("default", "error")[repeat])
@@ -430,10 +439,14 @@ def test_no_batch_waits_for_the_gpu():
             with torch.no_grad():
                 for metric in metrics:
                     metric((x, x), (labels,), counted(count))
+                for metric in of_pairs:
+                    metric((x, x + 1), (labels > 2,), None)
+                of_triplets((x, x, x + 1), None, None)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     assert metrics[1].value() == {"n": 80}
     assert metrics[3].value() == 7
+    assert [metric.value() for metric in (*of_pairs, of_triplets)] == [60, 60, 100]
 
 
 @pytest.mark.gpu
@@ -665,6 +678,268 @@ def test_nonzero_triplets_of_processes_are_those_of_all_batches(monkeypatch):
     assert [metric.value() for metric in metrics] == [4.0] * 3
 
 
+# Pairs and triplets
+
+
+def pairs_of(n=40, width=3, seed=0):
+    """Embeddings (n, width) of both sides, many of whose distances tie, and targets (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randint(3, (2, n, width), generator=generator).float()
+    return a, b, (torch.rand(n, generator=generator) < 1 / (1 + (a - b).norm(dim=1))).long()
+
+
+def naive_pair_accuracy(a, b, target, threshold):
+    correct = 0
+    for x, y, same in zip(a.tolist(), b.tolist(), target.reshape(-1).tolist()):
+        correct += (math.dist(x, y) < threshold) == (same > 0.5)
+    return 100 * correct / len(a)
+
+
+def naive_best_accuracy(a, b, target):
+    distances = {math.dist(x, y) for x, y in zip(a.tolist(), b.tolist())}
+    return max(naive_pair_accuracy(a, b, target, d) for d in {*distances, max(distances) + 1})
+
+
+def pair_accuracy(a, b, target, threshold=None, size=7):
+    metric = PairAccuracyMetric(threshold)
+    for part in zip(a.split(size), b.split(size), target.split(size)):
+        metric(part[:2], part[2:], None)
+    return metric.value()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pair_accuracy_is_that_of_loops(seed):
+    pairs = pairs_of(seed=seed)
+    for threshold in (0, 1, 1.5, 2.0, np.float32(2.5), 100):
+        assert pair_accuracy(*pairs, threshold) == naive_pair_accuracy(*pairs, threshold)
+    assert pair_accuracy(*pairs) == naive_best_accuracy(*pairs) > 50
+    a, b, target = pairs
+    assert pair_accuracy(b, a, 1 - target) == naive_best_accuracy(b, a, 1 - target)
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_best_pair_accuracy_is_that_of_verification(ties):
+    x, labels = overlapping_classes()
+    x = x.round() if ties else x
+    i, j = torch.triu_indices(40, 40, offset=1)
+    pairs = x[i], x[j], labels[i] == labels[j]
+    expected = verification(x, labels)
+    assert pair_accuracy(*pairs) == pytest.approx(100 * expected["accuracy"], rel=1e-12)
+    assert pair_accuracy(*pairs, expected["threshold"]) == pair_accuracy(*pairs)
+
+
+def test_pairs_at_one_distance_are_accepted_together():
+    a, b = torch.zeros(4, 1), torch.tensor([[1.0], [1.0], [1.0], [2.0]])
+    assert pair_accuracy(a, b, torch.tensor([1, 0, 0, 0])) == 75  # none of the three
+    assert pair_accuracy(a, b, torch.tensor([1, 1, 0, 1])) == 75  # all of them
+    assert pair_accuracy(a[:2], b[2:], torch.tensor([0, 0])) == 100  # none
+    assert pair_accuracy(a, b, torch.tensor([1, 1, 0, 0]), 1.0) == 50  # not below the threshold
+    assert pair_accuracy(a, b, torch.tensor([1, 1, 0, 0]), 1.1) == 75
+
+
+@pytest.mark.parametrize("target", [[1, 0, 0, 0], [1, 1, 1, 0]])
+def test_pairs_of_a_collapse_are_as_accurate_as_one_answer_for_all(target):
+    assert pair_accuracy(torch.ones(4, 2), torch.ones(4, 2), torch.tensor(target)) == 75
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.int64, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("threshold", [None, 1.5])
+def test_targets_of_pairs_are_numbers_of_any_dtype(threshold, dtype):
+    a, b, target = pairs_of()
+    expected = pair_accuracy(a, b, target, threshold)
+    assert pair_accuracy(a, b, target.to(dtype), threshold) == expected
+    assert pair_accuracy(a, b, target[:, None].to(dtype), threshold) == expected
+
+
+def test_soft_targets_are_of_one_class_above_a_half():
+    x = torch.zeros(4, 2)
+    assert pair_accuracy(x, x, torch.tensor([0.51, 1.0, 0.5, 0.1]), 1.0) == 50
+    assert pair_accuracy(x, x, torch.tensor([0.51, 1.0, 0.5, 0.9])) == 75
+
+
+@pytest.mark.parametrize("value", [-1, 2, float("nan"), 1.001])
+@pytest.mark.parametrize("threshold", [None, 1.5])
+def test_target_of_a_pair_beyond_0_and_1_is_an_error(threshold, value):
+    a, b, target = pairs_of()
+    target = target.double()
+    target[11] = value
+    message = "Pair accuracy needs pairs with targets from 0 to 1, got 1 of 40 beyond"
+    with pytest.raises(ValueError, match=message):
+        pair_accuracy(a, b, target, threshold)
+
+
+def test_pairs_whose_distance_is_no_number_are_never_accepted():
+    a, b = torch.zeros(5, 1), torch.tensor([[1.0], [float("nan")], [float("nan")], [3.0], [float("inf")]])
+    for threshold in (2.0, None):
+        assert pair_accuracy(a, b, torch.tensor([1, 1, 0, 0, 0]), threshold) == 80
+    for nan in (b[1:3], b[4:]):
+        assert pair_accuracy(nan * 0, nan, torch.ones(len(nan))) == 0
+        assert pair_accuracy(nan * 0, nan, torch.zeros(len(nan))) == 100
+    metric = PairAccuracyMetric()
+    metric((a, b, a + 1), None, None)
+    metric((a, a + 1, b), None, None)
+    assert metric.value() == 100 * 2 / 10  # the one at 3, and the one at infinity
+
+
+def test_triplets_are_right_where_the_positive_is_nearer():
+    anchor, positive, negative = torch.randint(3, (3, 60, 2)).float()
+    metric = PairAccuracyMetric()
+    for rows in torch.arange(60).split(7):
+        metric((anchor[rows], positive[rows], negative[rows]), None, None)
+    points = zip(anchor.tolist(), positive.tolist(), negative.tolist())
+    assert metric.value() == 100 * sum(math.dist(a, p) < math.dist(a, n) for a, p, n in points) / 60
+
+
+def test_triplets_of_a_collapse_are_all_wrong():
+    metric = PairAccuracyMetric(threshold=0.5)
+    metric([torch.ones(4, 2)] * 3, (), None)
+    assert metric.value() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_pairs_and_triplets_are_compared_in_float64(dtype):
+    a, b, c = (100 + torch.randn(3, 200, 4)).to(dtype)
+    target = torch.arange(200) % 2
+    values = []
+    for embeddings in ((a, b, c), (a.double(), b.double(), c.double())):
+        metric = PairAccuracyMetric()
+        metric(embeddings, None, None)
+        values.append((metric.value(), pair_accuracy(*embeddings[:2], target), pair_accuracy(b, c, target, 1.5)))
+    assert values[0] == values[1]
+    far = torch.full((2, 4), 6e4, dtype=torch.float16)  # whose differences float16 cannot hold
+    assert pair_accuracy(far, -far, torch.tensor([1, 1]), 1e6) == 100
+
+
+@pytest.mark.parametrize(
+    ("outputs", "target", "given"),
+    [
+        ((torch.zeros(4, 2),), (torch.arange(4),), r"a tensor \(4, 2\) as outputs, a tensor \(4,\) as target"),
+        (torch.zeros(4, 2), torch.arange(4), r"a tensor \(4, 2\) as outputs, a tensor \(4,\) as target"),
+        ((torch.zeros(4, 2), torch.zeros(4, 3)), (torch.zeros(4),), r"a tensor \(4, 2\) and a tensor \(4, 3\)"),
+        ((torch.zeros(4, 2), torch.zeros(1, 2)), (torch.zeros(4),), r"\(4, 2\) and a tensor \(1, 2\)"),
+        ([torch.zeros(4, 2)] * 2, (torch.zeros(3),), r"a tensor \(3,\) as target"),
+        ([torch.zeros(4, 2)] * 2, (torch.zeros(1, 4),), r"a tensor \(1, 4\) as target"),
+        ([torch.zeros(4, 2)] * 2, ([0, 1, 0, 1],), "list of 4 as target"),
+        ([torch.zeros(4, 2)] * 2, [torch.zeros(4)] * 2, r"a tensor \(4,\) and a tensor \(4,\) as target"),
+        ([torch.zeros(4, 2)] * 2, None, "nothing as target"),
+        ([torch.zeros(4)] * 2, (torch.zeros(4),), r"a tensor \(4,\) and a tensor \(4,\) as outputs"),
+        ([(torch.zeros(4, 2), torch.zeros(4, 9))] * 2, (torch.zeros(4),), "tuple of 2 and tuple of 2 as outputs"),
+        ([torch.zeros(4, 2)] * 3, (torch.zeros(4),), r"a tensor \(4,\) as target"),
+        ([torch.zeros(4, 2)] * 4, None, "nothing as target"),
+        ({"a": torch.zeros(4, 2)}, None, "dict of 1 as outputs"),
+        ((), None, "nothing as outputs, nothing as target"),
+        (None, (torch.zeros(4),), "NoneType as outputs"),
+    ],
+)
+def test_batch_without_pairs_or_triplets_is_an_error_in_words(outputs, target, given):
+    with pytest.raises(ValueError, match=given) as error:
+        PairAccuracyMetric()(outputs, target, None)
+    assert str(error.value).startswith("Pair accuracy got ")
+    assert "give it SiameseNet's pairs, two (B, D) and a target (B,), or TripletNet's triplets" in str(error.value)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, float("nan"), "0.5", True, [1.0], torch.ones(2)])
+def test_threshold_of_pairs_is_none_or_a_distance(threshold):
+    with pytest.raises(ValueError, match="expected threshold to be None or a distance, 0 or more, got "):
+        PairAccuracyMetric(threshold)
+
+
+def test_an_infinite_threshold_accepts_every_pair():  # `verification` may return it
+    a, b, target = pairs_of()
+    metric = PairAccuracyMetric(float("inf"))
+    metric((a, b), (target,), None)
+    assert metric.value() == 100 * float((target > 0.5).double().mean())
+
+
+@pytest.mark.parametrize("threshold", [None, 1.5])
+def test_pair_accuracy_has_no_value_before_the_first_sample(threshold):
+    a, b, target = pairs_of()
+    metric = PairAccuracyMetric(threshold)
+    for forget in (lambda: None, metric.reset):
+        forget()
+        metric((a[:0], b[:0]), (target[:0],), None)
+        metric((a[:0], a[:0], a[:0]), None, None)
+        with pytest.raises(ValueError, match="Pair accuracy has no value before the first batch"):
+            metric.value()
+        metric((a, b), (target,), None)
+        assert metric.value() == pair_accuracy(a, b, target, threshold)
+
+
+def test_pair_accuracy_keeps_no_graph_and_only_for_the_best_threshold_the_pairs():
+    a, b, target = pairs_of()
+    metrics = {"best": PairAccuracyMetric(), "fixed": PairAccuracyMetric(1.0), "triplets": PairAccuracyMetric()}
+    for _ in range(10):
+        for name, metric in metrics.items():
+            third = [] if name != "triplets" else [b + 1]
+            outputs = [x.clone().requires_grad_() * 1 for x in (a, b, *third)]
+            metric(outputs, None if third else (target,), None)
+    kept = {name: tensors_in(vars(metric)) for name, metric in metrics.items()}
+    assert not any(x.requires_grad for tensors in kept.values() for x in tensors)
+    numbers = {name: sum(x.numel() for x in tensors) for name, tensors in kept.items()}
+    assert numbers == {"best": 10 * 2 * 40 + 1, "fixed": 2, "triplets": 1}
+
+
+@pytest.mark.parametrize("n_others", [1, 2])
+@pytest.mark.parametrize("threshold", [None, 1.5])
+def test_no_pair_or_triplet_waits_for_the_device(threshold, n_others):
+    metric = PairAccuracyMetric(threshold)
+    for _ in range(3):
+        target = (torch.empty(8, dtype=torch.int64, device="meta"),) if n_others == 1 else None
+        metric([torch.empty(8, 4, device="meta")] * (1 + n_others), target, None)
+
+
+@pytest.mark.parametrize("threshold", [None, 1.5])
+@pytest.mark.parametrize("n", [23, 2])
+def test_pair_accuracy_of_processes_is_that_of_all_even_if_one_has_none(n, threshold, monkeypatch):
+    a, b, target = (x[:n] for x in pairs_of())
+    of_pairs, of_triplets = ([PairAccuracyMetric(threshold) for _ in range(3)] for _ in range(2))
+    for rank in range(3):
+        if len(a[rank::3]):
+            of_pairs[rank]((a[rank::3], b[rank::3]), (target[rank::3],), None)
+            of_triplets[rank]((a[rank::3], b[rank::3], a[rank::3] + 1), None, None)
+    gathered_by(of_pairs, monkeypatch)
+    gathered_by(of_triplets, monkeypatch)
+    assert [metric.value() for metric in of_pairs] == [pair_accuracy(a, b, target, threshold)] * 3
+    one = PairAccuracyMetric()
+    one((a, b, a + 1), None, None)
+    assert [metric.value() for metric in of_triplets] == [one.value()] * 3
+    of_pairs[1]((a, b), (target + 2,), None)
+    gathered_by(of_pairs, monkeypatch)
+    for metric in of_pairs:
+        with pytest.raises(ValueError, match=r"targets from 0 to 1, got \d+ of \d+ beyond: are these labels\?"):
+            metric.value()
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "dataset", "loss_fn"),
+    [
+        (SiameseNet, SiameseMNIST, lambda a, b, y: (y * (a - b).square().sum(dim=1)).mean()),
+        (TripletNet, TripletMNIST, lambda a, p, n: (a - p).square().mean()),
+    ],
+    ids=["pairs", "triplets"],
+)
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_fit_reports_pair_accuracy_of_training_and_validation(wrapper, dataset, loss_fn, amp):
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(30, 5, generator=generator), torch.arange(30) % 3)
+    train, validation = (DataLoader(dataset(data, train=is_train), batch_size=7) for is_train in (True, False))
+    model = wrapper(nn.Linear(5, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    metrics = [PairAccuracyMetric()]
+    row = fit(train, validation, model, loss_fn, optimizer, None, 2, False, 0, metrics, amp=amp)[-1]
+    assert 0 < row["train_Pair accuracy"] <= 100
+    batches = [[*data, *([target] if len(data) == 2 else [])] for data, target in validation]
+    columns = [torch.cat(column) for column in zip(*batches)]
+    with torch.no_grad(), torch.autocast("cpu", dtype=amp or torch.bfloat16, enabled=amp is not None):
+        outputs = [x.double() for x in model(*columns[: 2 if wrapper is SiameseNet else 3])]
+    if wrapper is SiameseNet:
+        expected = naive_best_accuracy(*outputs, columns[2])
+    else:
+        points = zip(*(x.tolist() for x in outputs))
+        expected = 100 * sum(math.dist(a, p) < math.dist(a, n) for a, p, n in points) / 30
+    assert row["val_Pair accuracy"] == pytest.approx(expected)
+
+
 # In fit
 
 
@@ -743,11 +1018,15 @@ def test_fit_has_every_metric_for_a_model_of_two_outputs(n_dimensions):
 
 def batches_of_embeddings(n_batches=3, n=12, width=4, offset=0.0):
     """Embeddings (n, width) and labels (n,) of each batch."""
+    return batches_of_sizes([n] * n_batches, width, offset)
+
+
+def batches_of_sizes(sizes, width, offset=0.0):
     generator = torch.Generator().manual_seed(4)
-    scale = torch.tensor([3.0, 1.0, 0.5, 0.1])[:width]
+    scale = 3 / (1 + torch.arange(width))
     return [
         (offset + scale * torch.randn(n, width, generator=generator), torch.randint(3, (n,), generator=generator))
-        for _ in range(n_batches)
+        for n in sizes
     ]
 
 
@@ -774,17 +1053,57 @@ def naive_statistics(batches):
         "spread": math.sqrt(sum(math.dist(row, mean) ** 2 for row in x) / len(x)),
         "effective_rank": math.exp(-sum(p * math.log(p) for p in shares)),
         "norm": sum(math.dist(row, np.zeros_like(row)) for row in x) / len(x),
-        **{name: sum(values) / len(values) for name, values in distances.items()},
+        **{name: sum(values) / len(values) for name, values in distances.items() if values},
     }
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_statistics_are_those_of_loops(offset):
-    batches = batches_of_embeddings(offset=offset)
-    values, expected = statistics_of(batches).value(), naive_statistics(batches)
-    assert values.keys() == expected.keys()
-    for name in expected:
-        assert values[name] == pytest.approx(expected[name], rel=1e-6), name
+@pytest.mark.parametrize("width", [1, 4, 12, 40])
+def test_statistics_are_those_of_loops_with_fewer_rows_than_dimensions_as_many_and_more(width, offset):
+    batches = batches_of_sizes([3, 4, 5, 1, 2, 20, 5, 8, 1], width, offset)
+    metric = EmbeddingStatisticsMetric()
+    for n, (x, labels) in enumerate(batches, start=1):
+        metric((x,), (labels,), None)
+        expected = naive_statistics(batches[:n])
+        assert metric.value() == metric.value() == pytest.approx(expected, rel=1e-12)
+
+
+def test_statistics_of_many_rows_are_put_together_from_blocks():
+    batches = batches_of_sizes([20] * 30, 620)
+    assert statistics_of(batches).value() == pytest.approx(naive_statistics(batches), rel=1e-12)
+
+
+def test_statistics_of_few_rows_take_no_square_of_the_dimensions(monkeypatch):
+    metric, shapes, eigvalsh = statistics_of(batches_of_sizes([5, 6], 300)), [], torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: shapes.append(x.shape) or eigvalsh(x))
+    assert metric.value()
+    assert shapes == [(11, 11)]
+    assert sum(x.numel() for x in tensors_in(vars(metric))) < 15 * 300
+
+
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_statistics_keep_at_most_twice_the_square_of_the_dimensions(size):
+    metric = EmbeddingStatisticsMetric()
+    for x, labels in batches_of_sizes([size] * 60, 10):
+        metric((x,), (labels,), None)
+        assert sum(x.numel() for x in tensors_in(vars(metric))) <= 2 * 10**2 + 30
+
+
+def test_statistics_of_processes_with_rows_or_products_or_both_or_nothing(monkeypatch):
+    for sizes in itertools.permutations([[4], [2, 9], [9, 3], []]):
+        batches = batches_of_sizes([n for part in sizes for n in part], 6, offset=100.0)
+        rest = iter(batches)
+        metrics = [statistics_of([next(rest) for _ in part]) for part in sizes]
+        gathered_by(metrics, monkeypatch)
+        assert [metric.value() for metric in metrics] == [pytest.approx(naive_statistics(batches), rel=1e-12)] * 4
+
+
+def test_statistics_of_processes_with_few_rows_each_are_put_together(monkeypatch):
+    batches = batches_of_sizes([4, 4, 4], 9, offset=100.0)  # 8 rows of 9 dimensions, then 12
+    for n in (2, 3):
+        metrics = [statistics_of([batch]) for batch in batches[:n]]
+        gathered_by(metrics, monkeypatch)
+        assert [metric.value() for metric in metrics] == [pytest.approx(naive_statistics(batches[:n]), rel=1e-12)] * n
 
 
 def test_statistics_of_a_collapse():
