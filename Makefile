@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 export DATA_ROOT ?= data
 export EPOCHS ?= 20
 
-.PHONY: experiments fashion omniglot results test check coverage benchmark benchmark-gpu precision movies lab clean
+.PHONY: experiments fashion omniglot results test check coverage benchmark benchmark-gpu precision movies picture lab clean
 
 # glibc then keeps the memory that a batch frees instead of fetching it anew for the next: a training step of 250 images
 # took 41 to 48 ms on two threads with this, 48 to 70 ms without.
@@ -70,6 +70,9 @@ precision: $(VENV)/.installed-dev
 
 movies: $(VENV)/.installed
 	PYTHONPATH=.:scripts $(BIN)/python scripts/movies.py
+
+picture: $(VENV)/.installed-dev
+	$(BIN)/python scripts/page_picture.py runs/mnist/embeddings.html images/mnist_page.png
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab

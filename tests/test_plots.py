@@ -4,6 +4,7 @@ import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_rgba
@@ -11,7 +12,7 @@ from PIL import Image
 
 from evaluation import verification
 from metrics import EmbeddingMetric
-from plots import compare_embeddings, embedding_movie, plot_embeddings, plot_neighbors, plot_roc
+from plots import compare_embeddings, embedding_movie, plot_embeddings, plot_history, plot_neighbors, plot_roc
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +57,205 @@ def test_up_to_twenty_colours_can_be_told_apart(n_classes):
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(colours, 2)) > 15
 
 
+def legend_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
 def test_names_title_and_limits_are_shown():
     _, own_axes = plt.subplots()
     embeddings, labels = points(6, 2)
-    names = ["cat", "dog"]
+    names = {5: "cat", 6: "_dog"}
     ax = plot_embeddings(embeddings, labels + 5, (-9, 8), (-7, 6), ax=own_axes, title="pets", class_names=names)
     assert ax is own_axes
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == names
+    assert legend_of(ax) == ["cat", "_dog"]
     assert (ax.get_title(), ax.get_xlim(), ax.get_ylim()) == ("pets", (-9, 8), (-7, 6))
+
+
+def test_more_than_a_hundred_classes_have_no_legend():
+    assert plot_embeddings(*points(100, 100)).get_legend()
+    figure = compare_embeddings({"a": points(101, 101), "b": points(101, 101)})
+    assert [ax.get_legend() for ax in figure.axes] == [None, None]
+
+
+# --- labels and names
+
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+
+
+def drawn_names(function, labels, class_names=None):
+    """The texts that a function draws for two classes."""
+    embeddings = np.random.default_rng(0).normal(size=(len(labels), 2))
+    if function is plot_embeddings:
+        return legend_of(plot_embeddings(embeddings, labels, class_names=class_names))
+    if function is compare_embeddings:
+        return legend_of(compare_embeddings({"a": (embeddings, labels)}, class_names=class_names).axes[0])
+    images, neighbors = images_of(len(labels), 6, 7), [[0, 1]] * len(labels)
+    figure = plot_neighbors(images, labels, images, labels, neighbors, class_names=class_names)
+    return [ax.get_title() for ax in figure.axes[1:3]]
+
+
+each_function = pytest.mark.parametrize(
+    "function", [plot_embeddings, compare_embeddings, plot_neighbors], ids=lambda function: function.__name__
+)
+
+
+@each_function
+@pytest.mark.parametrize(
+    ("class_names", "expected"),
+    [
+        (None, ["3", "7"]),
+        (NAMES, ["three", "seven"]),
+        (np.array(NAMES), ["three", "seven"]),
+        ({7: "seven", 3: "three"}, ["three", "seven"]),
+        (pd.Series(["seven", "three"], index=[7, 3]), ["three", "seven"]),
+        ({7: "seven"}, ["3", "seven"]),
+    ],
+    ids=["none", "list", "array", "dict", "series", "dict without a label"],
+)
+def test_names_go_by_label(function, class_names, expected):
+    assert drawn_names(function, [3, 7, 3, 7], class_names) == expected
+
+
+@each_function
+@pytest.mark.parametrize(
+    ("labels", "class_names"),
+    [([3, 7], NAMES[:7]), ([-1, 2], NAMES), (["a", "b"], NAMES), ([0.5, 1], NAMES), ([0, 1], "ab")],
+    ids=["too few", "negative", "strings", "fractions", "no sequence of names"],
+)
+def test_names_that_no_label_can_index_are_an_error(function, labels, class_names):
+    with pytest.raises(ValueError, match="expected class_names as a dict from label to name, or a sequence"):
+        drawn_names(function, labels, class_names)
+    assert plt.get_fignums() == []
+
+
+@each_function
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (torch.tensor([3, 7, 3], dtype=torch.uint16), ["3", "7"]),
+        (torch.tensor([3.0, 7.0, 3.0], requires_grad=True), ["3", "7"]),
+        (torch.tensor([[3], [7], [3]]), ["3", "7"]),
+        ([torch.tensor(3), torch.tensor(7), torch.tensor(3)], ["3", "7"]),
+        (np.array([3, 7, 3], dtype=np.uint64), ["3", "7"]),
+        (pd.Series([3, 7, 3], index=[9, 0, 1]), ["3", "7"]),
+        (pd.Series(["a", "b", "a"], index=[1, 2, 0], dtype="category"), ["a", "b"]),
+        (["a", "b", "a"], ["a", "b"]),
+        (np.array([["a"], ["b"], ["a"]], dtype=object), ["a", "b"]),
+        ([False, True, False], ["False", "True"]),
+        (np.array([0.5, 1.5, 0.5]), ["0.5", "1.5"]),
+    ],
+    ids=lambda labels: type(labels).__name__,
+)
+def test_labels_may_be_of_any_kind(function, labels, expected):
+    assert drawn_names(function, labels) == expected
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[1, 2], [[1, 2, 3]], None, [1, "a", 2], [1, None, 2], [0.0, float("nan"), 1.0], np.array([1j, 2, 3])],
+    ids=str,
+)
+def test_labels_that_are_not_one_for_each_embedding_are_an_error(labels):
+    embeddings = np.random.default_rng(0).normal(size=(3, 2))
+    with pytest.raises(ValueError, match=r"expected (3 labels, numbers or strings, got|labels that are finite)"):
+        plot_embeddings(embeddings, labels)
+
+
+def test_labels_of_two_types_in_one_picture_are_an_error():
+    embeddings = np.random.default_rng(0).normal(size=(2, 2))
+    with pytest.raises(ValueError, match="labels of one type, got numbers and strings"):
+        compare_embeddings({"a": (embeddings, [1, 2]), "b": (embeddings, ["1", "2"])})
+    with pytest.raises(ValueError, match="labels of one type, got numbers and strings"):
+        plot_embeddings(embeddings, [1, 2], classes=["1", "2"])
+
+
+# --- more than two dimensions
+
+
+def naive_components(embeddings):
+    """The first two principal components, signed by their largest weight, and their share of the variance."""
+    centred = np.asarray(embeddings, dtype=float) - np.mean(embeddings, axis=0)
+    u, s, vt = np.linalg.svd(centred, full_matrices=False)
+    signs = [1 if max(row, key=abs) > 0 else -1 for row in vt[:2]]
+    return u[:, :2] * s[:2] * signs, (s[:2] ** 2).sum() / (s**2).sum()
+
+
+def offsets(ax):
+    """The points of an axes, class by class."""
+    return np.concatenate([np.asarray(drawn.get_offsets()) for drawn in ax.collections])
+
+
+@pytest.mark.parametrize(("n", "d"), [(50, 3), (50, 64), (40, 300), (3, 3), (2, 5)])
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor])
+def test_many_dimensions_are_drawn_by_principal_components_and_the_title_says_so(n, d, kind):
+    rng = np.random.default_rng(n)
+    embeddings = (rng.normal(size=(n, d)) * rng.random(d) ** 3 + 5).astype(np.float32)
+    ax = plot_embeddings(kind(embeddings), np.zeros(n), title="test")
+    expected, share = naive_components(embeddings)
+    np.testing.assert_allclose(offsets(ax), expected, atol=1e-5)
+    assert ax.get_title() == f"test\nfirst two of {d} principal components, {share:.0%} of the variance"
+
+
+def test_compared_sets_and_frames_are_drawn_by_the_components_of_all(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    sets = {name: (rng.normal(size=(n, 8)) * rng.random(8), np.zeros(n)) for name, n in (("a", 20), ("b", 30))}
+    expected, _ = naive_components(np.concatenate([embeddings for embeddings, _ in sets.values()]))
+    figure = compare_embeddings(sets)
+    np.testing.assert_allclose(np.concatenate([offsets(ax) for ax in figure.axes]), expected, atol=1e-9)
+    note = "first two of 8 principal components, "
+    assert [ax.get_title().partition(note)[:2] for ax in figure.axes] == [("a\n", note), ("b\n", note)]
+    frames = []
+    monkeypatch.setattr("plots.plot_embeddings", lambda *a, **options: frames.append((a[0], options["title"])))
+    embedding_movie(list(sets.values()), tmp_path / "movie.gif", fps=1)
+    np.testing.assert_allclose(np.concatenate([frame for frame, _ in frames]), expected, atol=1e-9)
+    assert [title.partition(note)[:2] for _, title in frames] == [("1\n", note), ("2\n", note)]
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1), (5, 3), (5, 1)], ids=str)
+def test_embeddings_without_a_second_component_lie_on_a_line(shape):
+    n, rank = shape
+    directions = np.random.default_rng(0).normal(size=(5, 40))
+    embeddings = np.arange(n)[:, None] * directions[0] + (0.0 if rank == 1 else 3.0)
+    drawn = offsets(plot_embeddings(embeddings, np.zeros(n)))
+    assert drawn.shape == (n, 2)
+    np.testing.assert_allclose(np.ptp(drawn[:, 0]), (n - 1) * np.linalg.norm(directions[0]), atol=1e-9)
+    np.testing.assert_allclose(drawn[:, 1], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [plot_embeddings, compare_embeddings, embedding_movie])
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        (
+            np.zeros((6, 1)),
+            r"expected embeddings of shape \(N, D\) with D of at least 2, got float64 of shape \(6, 1\)",
+        ),
+        (np.zeros(6), r"got float64 of shape \(6,\)"),
+        (np.zeros((6, 2, 1)), r"got float64 of shape \(6, 2, 1\)"),
+        (np.full((6, 2), "a"), "got <U1 of shape"),
+        (np.array([[0.0, 1], [np.nan, 1], [np.inf, np.nan]] * 2), "finite embeddings, got NaN or infinity in 4 of 6"),
+        (np.full((6, 5), np.inf), "finite embeddings, got NaN or infinity in 6 of 6"),
+    ],
+    ids=["1-D", "no D", "three axes", "strings", "2-D not finite", "5-D not finite"],
+)
+def test_embeddings_that_cannot_be_drawn_are_an_error(function, embeddings, message, tmp_path):
+    good, labels = np.zeros((6, embeddings.shape[-1])), np.zeros(6)
+    arguments = {
+        plot_embeddings: [embeddings, labels],
+        compare_embeddings: [{"good": (good, labels), "bad": (embeddings, labels)}],
+        embedding_movie: [[(embeddings, labels), (embeddings, labels)], tmp_path / "movie.gif"],
+    }[function]
+    with pytest.raises(ValueError, match=message if function is not compare_embeddings else "expected"):
+        function(*arguments)
+    assert (list(tmp_path.iterdir()), plt.get_fignums()) == ([], [])
+
+
+def test_sets_of_different_dimensions_or_none_are_an_error():
+    with pytest.raises(ValueError, match=r"of one dimension, got \[2, 3\]"):
+        compare_embeddings({"a": (np.zeros((4, 3)), np.zeros(4)), "b": (np.zeros((4, 2)), np.zeros(4))})
+    with pytest.raises(ValueError, match="of one dimension, got no sets"):
+        compare_embeddings({})
 
 
 @pytest.mark.parametrize("scales", [(1, 50, 3), (50, 1, 3)])
@@ -80,14 +272,6 @@ def test_compared_sets_share_axes_that_hold_all_points(scales):
         assert embeddings[:, 0].max() < x_high
         assert y_low < embeddings[:, 1].min()
         assert embeddings[:, 1].max() < y_high
-
-
-@pytest.mark.parametrize("shape", [(6, 3), (6, 1), (6,), (6, 2, 1)])
-def test_embeddings_that_are_not_2d_are_an_error(shape):
-    with pytest.raises(ValueError, match=r"shape \(N, 2\), got \(6,"):
-        plot_embeddings(np.zeros(shape), np.zeros(6))
-    with pytest.raises(ValueError, match=r"shape \(N, 2\), got \(6,"):
-        compare_embeddings({"one": (np.zeros(shape), np.zeros(6))})
 
 
 def test_class_keeps_its_colour_where_another_is_absent():
@@ -237,6 +421,98 @@ def test_neighbors_may_lie_on_the_gpu():
     assert [ax.get_title() for ax in figure.axes] == ["query: 4", "4", "5", "4", "query: 5", "6", "5", "5"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"neighbors": [[1, 5, 0], [4, 2, 3]]}, "expected neighbors from 0 to 4, got"),
+        ({"neighbors": [[1, -1, 0], [4, 2, 3]]}, "expected neighbors from 0 to 4, got"),
+        ({"neighbors": [[1.0, 2.0], [0.0, 1.0]]}, "expected neighbors from 0 to 4, got"),
+        ({"neighbors": [1, 2]}, r"neighbors of shape \(n, k\), got 2 images, neighbors of shape \(2,\)"),
+        ({"query_images": images_of(3, 6, 7)}, r"got 3 images, neighbors of shape \(2, 3\)"),
+        ({"query_labels": [4, 5, 6]}, "expected 2 labels"),
+        ({"labels": LABELS[:4]}, "expected 5 labels"),
+        ({"images": images_of(5, 2, 6, 7)}, r"expected images of shape .* got \(2, 6, 7\)"),
+        ({"query_labels": ["a", "b"]}, "expected labels of one type"),
+    ],
+)
+def test_neighbors_that_do_not_fit_are_an_error(changes, message):
+    arguments = {"query_images": images_of(2, 6, 7), "query_labels": QUERY_LABELS, "images": images_of(5, 6, 7)}
+    with pytest.raises(ValueError, match=message):
+        plot_neighbors(**arguments | {"labels": LABELS, "neighbors": NEIGHBORS} | changes)
+
+
+# --- plot_history
+
+
+def row(epoch, train, val, **more):
+    return {"epoch": epoch, "lr": 0.1, "train_loss": train, "val_loss": val, "seconds": 3.0, **more}
+
+
+def lines_of(ax):
+    """Label -> points of its line, those that are drawn."""
+    return {line.get_label(): [(x, y) for x, y in line.get_xydata() if np.isfinite(y)] for line in ax.lines}
+
+
+def test_history_has_a_panel_for_each_quantity_with_training_and_validation():
+    history = [
+        row(4, 3, np.float32(4), training=1, **{"train_map@r": torch.tensor(0.5), "val_map@r": np.array(0.25)}),
+        row(5, torch.tensor(2.0, dtype=torch.bfloat16, requires_grad=True), 3.5, train_Average_x=1),
+    ]
+    figure = plot_history(history)
+    figure.canvas.draw()
+    assert [ax.get_title() for ax in figure.axes] == ["loss", "map@r", "Average_x"]
+    assert {ax.get_xlabel() for ax in figure.axes} == {"epoch"}
+    loss, map_at_r, average = map(lines_of, figure.axes)
+    assert loss == {"training": [(4, 3), (5, 2)], "validation": [(4, 4), (5, 3.5)]}
+    assert map_at_r == {"training": [(4, 0.5)], "validation": [(4, 0.25)]}
+    assert average == {"training": [(5, 1)]}
+    assert [line.get_color() for ax in figure.axes for line in ax.lines] == ["tab:blue", "tab:orange"] * 2 + [
+        "tab:blue"
+    ]
+    assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
+
+
+def test_history_leaves_gaps_where_values_are_missing():
+    history = [row(1, 5.0, None), row(2, float("nan"), 3.0), {"epoch": 3, "train_loss": 2.0}, row(4, 1.0, 2.0)]
+    (ax,) = plot_history(history).axes
+    training, validation = (line.get_ydata() for line in ax.lines)
+    np.testing.assert_array_equal(training, [5, np.nan, 2, 1])
+    np.testing.assert_array_equal(validation, [np.nan, 3, np.nan, 2])
+    (ax,) = plot_history([row(1, 5.0, None), row(2, 4.0, None)]).axes
+    assert legend_of(ax) == ["training"]
+
+
+def test_history_of_one_epoch_is_visible():
+    (ax,) = plot_history([row(1, 5.0, 4.0)]).axes
+    ax.figure.canvas.draw()
+    assert all(line.get_marker() == "o" and line.get_markersize() > 0 for line in ax.lines)
+    assert [tick for tick in ax.get_xticks() if ax.get_xlim()[0] <= tick <= ax.get_xlim()[1]] == [1]
+
+
+@pytest.mark.parametrize(("keys", "titles"), [(["b", "loss"], ["b", "loss"]), ("b", ["b"]), (None, ["loss", "a", "b"])])
+def test_history_draws_the_quantities_asked_for(keys, titles):
+    figure = plot_history([row(1, 5.0, 4.0, train_a="no number" if keys else 1, val_b=2)], keys=keys)
+    assert [ax.get_title() for ax in figure.axes] == titles
+
+
+@pytest.mark.parametrize(
+    ("history", "keys", "message"),
+    [
+        ([], None, r"expected a history: .* got \[\]"),
+        (row(1, 5.0, 4.0), None, "expected a history: a list with a dict for each"),
+        ([row(1, 5.0, 4.0, val_b=2)], ["loss", "c"], r"keys among those of the history, loss, b, got \['loss', 'c'\]"),
+        ([row(1, 5.0, 4.0)], [], r"keys among those of the history, loss, got \[\]"),
+        ([{"epoch": 1}], None, "keys among those of the history, none"),
+        ([row(1, "five", 4.0)], None, "expected a number as train_loss of the history, got 'five'"),
+        ([row(1, 5.0, [4.0, 3.0])], None, r"expected a number as val_loss of the history, got \[4.0, 3.0\]"),
+    ],
+)
+def test_history_that_cannot_be_drawn_is_an_error(history, keys, message):
+    with pytest.raises(ValueError, match=message):
+        plot_history(history, keys=keys)
+    assert plt.get_fignums() == []
+
+
 # --- plot_roc
 
 
@@ -303,7 +579,7 @@ def test_movie_has_a_picture_for_each_frame_on_the_same_axes(tmp_path, monkeypat
         return plot_embeddings(embeddings, labels, xlim, ylim, **options)
 
     monkeypatch.setattr("plots.plot_embeddings", draw)
-    frames = [points(6, 2), points(9, 3, scale=5.0), (torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64))]
+    frames = [points(6, 2), points(9, 3, scale=5.0), (torch.zeros(4, 2), torch.zeros(4, dtype=torch.uint16))]
     embedding_movie(frames, tmp_path / "movie.gif", titles=["a", "b", "c"], fps=2, class_names=["x", "y", "z"])
     assert [(n, title, classes) for n, *_, title, classes in seen] == [
         (6, "a", (0, 1, 2)),
@@ -327,6 +603,15 @@ def test_movie_has_a_picture_for_each_frame_on_the_same_axes(tmp_path, monkeypat
 def test_movie_of_one_point(tmp_path):
     embedding_movie([(np.zeros((3, 2)), np.zeros(3))] * 2, tmp_path / "movie.gif")
     assert (tmp_path / "movie.gif").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_names"), [(["a", "b"], ["x", "y"]), ([1, 2], ["x", "y"]), ([1], None), ([1, "a"], None)]
+)
+def test_movie_of_labels_that_do_not_fit_is_an_error_and_leaves_nothing(labels, class_names, tmp_path):
+    with pytest.raises(ValueError, match=r"expected (class_names|2 labels)"):
+        embedding_movie([(np.eye(2), labels)], tmp_path / "movie.gif", class_names=class_names)
+    assert (list(tmp_path.iterdir()), plt.get_fignums()) == ([], [])
 
 
 def test_movie_is_collected_by_a_metric():
