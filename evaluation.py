@@ -6,6 +6,8 @@ They take tensors or arrays, and stand alone or go into a metric for `fit`:
     metrics = [EmbeddingMetric(evaluate_embeddings, keys=["map@r"])]  # of metrics.py
 """
 
+import contextlib
+import numbers
 import os
 import warnings
 from bisect import bisect_left
@@ -84,9 +86,11 @@ def evaluate_embeddings(
     (0.0, 0.5, 0.0)
     """
     is_self = reference is None
-    if min([*ks, n_neighbors]) < 1 or average not in ("micro", "macro", None):
-        numbers = "ks and n_neighbors of at least 1"
-        raise ValueError(f'expected {numbers}, and average to be "micro", "macro" or None, got {average!r}')
+    ks = np.atleast_1d(ks).tolist()
+    if not all(isinstance(k, (int, np.integer)) and k >= 1 for k in (*ks, n_neighbors)):
+        raise ValueError(f"expected ks and n_neighbors to be whole numbers of at least 1, got {ks} and {n_neighbors}")
+    if average not in ("micro", "macro", None):
+        raise ValueError(f'expected average to be "micro", "macro" or None, got {average!r}')
     if is_self and not (reference_labels is None and reference_groups is None):
         raise ValueError("expected no reference_labels and no reference_groups without a reference")
     queries = _check_embeddings(embeddings, metric)
@@ -116,7 +120,7 @@ def knn_predict(
         metric: "euclidean" or "cosine".
 
     Returns:
-        `(labels, neighbors, distances)`: labels (N,), an int64 tensor, or an array if they are strings; int64 tensor
+        `(labels, neighbors, distances)`: labels (N,), an int64 tensor, or an array of strings; int64 tensor
         (N, n_neighbors) of indices into the reference, nearest first, ties by index; and float64 tensor
         (N, n_neighbors) of distances, Euclidean or 1 - cosine. Tensors are on the embeddings' device (on the CPU for
         MPS, which has no float64).
@@ -131,15 +135,15 @@ def knn_predict(
     """
     queries = _check_embeddings(embeddings, metric)
     references = _check_embeddings(reference, metric, like=queries)
-    (codes,), classes = _code("label", [reference_labels], [references])
+    (codes,), classes = _code("label", [reference_labels], [references], ["references"])
     if not 1 <= n_neighbors <= len(references):
         raise ValueError(f"expected n_neighbors from 1 to the {len(references)} references, got {n_neighbors}")
     neighbors, distances = _nearest_exactly(queries, references, n_neighbors)
     votes = _vote(codes[neighbors])
-    is_number = classes.dtype.kind in "biu"
-    predicted = (
-        torch.from_numpy(classes.astype(np.int64)).to(votes.device)[votes] if is_number else classes[votes.cpu()]
-    )
+    if classes.dtype == np.int64:
+        predicted: Any = torch.from_numpy(classes).to(votes.device)[votes]
+    else:
+        predicted = classes[votes.cpu().numpy()]
     return predicted, neighbors, distances if metric == "euclidean" else distances.square() / 2
 
 
@@ -191,8 +195,11 @@ def verification(
     >>> values["auc"], values["eer"], values["threshold@eer"]
     (1.0, 0.0, 2.5)
     """
-    if not all(0 <= far <= 1 for far in fars) or (max_pairs is not None and max_pairs < 2):
-        raise ValueError(f"expected false accept rates from 0 to 1 and at least 2 pairs, got {fars} and {max_pairs}")
+    fars = np.atleast_1d(fars).tolist()
+    if not all(0 <= far <= 1 for far in fars):
+        raise ValueError(f"expected false accept rates from 0 to 1, got {fars}")
+    if max_pairs is not None and not (isinstance(max_pairs, numbers.Integral) and max_pairs >= 2):
+        raise ValueError(f"expected max_pairs to be None or a whole number of at least 2, got {max_pairs!r}")
     x = _check_embeddings(embeddings, metric)
     (codes,), classes = _code("label", [labels], [x])
     counts = torch.bincount(codes, minlength=len(classes))
@@ -247,8 +254,8 @@ def few_shot_accuracy(
         confidence interval, 1.96 standard errors; infinite for one episode.
 
     Raises:
-        ValueError: if shapes do not fit, values are not finite, labels are neither whole numbers nor strings, a class
-            is in two groups, or fewer than `n_way` classes have enough samples.
+        ValueError: if shapes do not fit, values are not finite, labels are neither whole numbers nor strings, fewer
+            than `n_way` classes have enough samples, or one that has is in two groups.
 
     >>> few_shot_accuracy([[0.0], [0.1], [5.0], [5.1]], [0, 0, 1, 1], n_way=2, n_shot=1, n_query=1, n_episodes=10)
     (1.0, 0.0)
@@ -264,16 +271,36 @@ def few_shot_accuracy(
         need = f"{n_way} classes of at least {n_shot} + {n_query} samples{'' if groups is None else ' in one group'}"
         raise ValueError(f"expected {need}, and numbers of at least 1; {len(classes)} classes have so many")
     truth = torch.arange(n_way, device=x.device)[:, None]
-    accuracies = torch.empty(n_episodes, dtype=torch.float64)
+    accuracies = torch.empty(n_episodes, dtype=torch.float64, device="cpu")
     for episode in _progress(range(n_episodes), "episodes"):
         classes = of_groups[episode % len(of_groups)]
-        ways = [classes[c] for c in torch.randperm(len(classes), generator=generator)[:n_way].tolist()]
-        drawn = [way[torch.randperm(len(way), generator=generator)[:n_drawn].to(way.device)] for way in ways]
+        ways = [classes[c] for c in _shuffled(len(classes), generator)[:n_way].tolist()]
+        drawn = [way[_shuffled(len(way), generator)[:n_drawn].to(way.device)] for way in ways]
         support, query = x[torch.stack(drawn)].split((n_shot, n_query), dim=1)  # (n_way, n_shot | n_query, D)
-        nearest = _nearest_exactly(query.flatten(0, 1), support.mean(dim=1), min(n_way, 3))[0][:, 0]
+        nearest = _nearest_prototypes(query.flatten(0, 1), support.mean(dim=1))
         accuracies[episode] = (nearest.view(n_way, n_query) == truth).double().mean()
     interval = 1.96 * accuracies.std(correction=1) / n_episodes**0.5 if n_episodes > 1 else torch.inf
     return float(accuracies.mean()), float(interval)
+
+
+def _shuffled(n, generator):
+    return torch.randperm(n, generator=generator, device="cpu")
+
+
+def _nearest_prototypes(queries, prototypes):
+    """The index (N,) of the nearest of a few prototypes (C, D), the first of equal ones.
+
+    A matrix product tells which ones may be it, exact distances of these decide.
+    """
+    center = prototypes.mean(dim=0)
+    left, right = _factor(queries - center), _factor(prototypes - center, is_reference=True)
+    squared_distances = left @ right  # (N, C)
+    error = 1e-14 * (left[:, -2:-1] + right[-1].max()) * queries.shape[1] ** 0.5  # of norms; 20 times what is seen
+    row, column = (squared_distances <= squared_distances.min(dim=1, keepdim=True).values + error).nonzero().unbind(1)
+    squared_distances.fill_(torch.inf)
+    for i, j in zip(*(part.split(max(1, 2**21 // queries.shape[1])) for part in (row, column))):
+        squared_distances[i, j] = (queries[i] - prototypes[j]).square().sum(dim=1)
+    return squared_distances.argmin(dim=1)
 
 
 @torch.no_grad()
@@ -310,49 +337,90 @@ def one_shot_runs(
 
 def _check_embeddings(embeddings, metric="euclidean", like=None):
     """Checked embeddings (N, D) in float64, of unit norm for "cosine"; `like`, if given, prescribes device and D."""
-    x = embeddings if torch.is_tensor(embeddings) else torch.as_tensor(np.asarray(embeddings))
-    if x.dim() != 2 or x.numel() == 0:
-        raise ValueError(f"expected embeddings of shape (N, D), got {tuple(x.shape)}")
+    x = embeddings if torch.is_tensor(embeddings) else _as_tensor(embeddings)
+    if x.dim() != 2 or x.numel() == 0 or x.is_complex():
+        raise ValueError(f"expected embeddings of shape (N, D), got {tuple(x.shape)} of {x.dtype}")
     if like is not None and x.shape[1] != like.shape[1]:
         raise ValueError(f"queries have {like.shape[1]} dimensions, references {x.shape[1]}")
     device = x.device if like is None else like.device
     x = x.detach().to("cpu" if device.type == "mps" else device).double()  # mps has no float64
     if not x.isfinite().all():
         raise ValueError(f"{int((~x.isfinite()).any(dim=1).sum())} of {len(x)} embeddings are not finite")
-    if metric == "euclidean":
-        return x
-    if metric != "cosine":
+    if metric not in ("euclidean", "cosine"):
         raise ValueError(f'expected metric to be "euclidean" or "cosine", got {metric!r}')
-    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    if (norms == 0).any():
-        raise ValueError(f"{int((norms == 0).sum())} of {len(x)} embeddings are zero, which have no cosine")
-    return x / norms
+    if metric == "cosine":
+        scales = x.abs().amax(dim=1, keepdim=True)  # first, since squares of 1e-160 are 0
+        if (scales == 0).any():
+            raise ValueError(f"{int((scales == 0).sum())} of {len(x)} embeddings are zero, which have no cosine")
+        x = x / torch.frexp(scales).exponent.double().exp2()  # exactly
+        return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    largest = float(x.abs().max())
+    if not (largest == 0 or 1e-150 < largest < 1e150):
+        raise ValueError(f"expected embeddings whose squares fit float64, got values up to {largest:g}")
+    return x
 
 
-def _code(kind, labels_of_sets, sets):
+def _as_tensor(embeddings):
+    """An array, a table or a list as a tensor that shares its memory where it can."""
+    try:
+        array = np.asarray(embeddings)
+        is_of_torch = array.dtype.kind in "biufc" and array.dtype != np.longdouble
+        array = array if is_of_torch else array.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"expected embeddings as numbers, got {type(embeddings).__name__}: {error}") from error
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))  # as torch wants it
+
+
+def _code(kind, labels_of_sets, sets, names=("embeddings", "references")):
     """Labels of one or two sets of embeddings as numbers, equal where the labels are.
 
     Returns:
-        A list with an int64 tensor (N,) for each set, and an array of the labels that the numbers 0, 1, ... stand for.
+        A list with an int64 tensor (N,) for each set, and an array of the labels that the numbers 0, 1, ... stand for:
+        of int64, or of Python's objects, as they came.
     """
-    parts = []
-    for x, labels in zip(sets, labels_of_sets):
-        labels = labels.detach().cpu() if torch.is_tensor(labels) else labels
-        part = np.asarray(labels, dtype=object if isinstance(labels, (list, tuple)) else None)
-        if part.dtype.kind == "O" and len({isinstance(label, str) for label in part.flat}) == 1:  # "1" is not 1
-            part = np.asarray(part.tolist())
-        if part.shape not in ((len(x),), (len(x), 1)) or part.dtype.kind not in "biuUS":
-            is_object = part.dtype.kind == "O" and labels is not None
-            found = " and ".join(sorted({type(label).__name__ for label in part.flat})) if is_object else part.dtype
-            given = "none" if labels is None else f"{found} of shape {part.shape}"
-            needed = f"one whole number or string as {kind} of each of {len(x)} embeddings"
-            raise ValueError(f"expected {needed}, got {given}")
-        parts.append(part.reshape(-1).astype(np.int64 if part.dtype.kind in "biu" else part.dtype))
-    if len({part.dtype.kind for part in parts}) > 1:
-        raise ValueError(f"expected {kind}s of one type, got {' and '.join(str(part.dtype) for part in parts)}")
-    classes, codes = np.unique(np.concatenate(parts), return_inverse=True)
+    parts, types = [], []
+    for x, labels, name in zip(sets, labels_of_sets, names):
+        part = _label_array(labels)
+        found = {*map(_kind_of, {*map(type, part.flat)})} if part.dtype.kind == "O" else {_kind_of(part.dtype.type)}
+        fits = part.shape in ((len(x),), (len(x), 1)) and not np.ma.is_masked(labels)
+        if not fits or len(found) > 1 or not found <= {str, bytes, int}:
+            given = "none" if labels is None else " and ".join(sorted(t.__name__ for t in found))
+            needed = f"one whole number or string as {kind} of each of {len(x)} {name}"
+            raise ValueError(f"expected {needed}, got {given} of shape {part.shape}")
+        parts.append(part.reshape(-1))
+        types += found
+    if len({*types}) > 1:
+        raise ValueError(f"expected {kind}s of one type, got {' and '.join(t.__name__ for t in types)}")
+    values = np.concatenate(parts)
+    if int in types:
+        with contextlib.suppress(OverflowError):  # of uint64, beyond
+            values = values.astype(np.int64)
+    if values.dtype == np.int64:
+        classes, codes = np.unique(values, return_inverse=True)
+    else:  # numpy would take b"a" for b"a\0"
+        classes = np.array([*sorted({*values}), None], dtype=object)[:-1]
+        number = {label: i for i, label in enumerate(classes)}
+        codes = np.array([number[value] for value in values])
     codes = torch.from_numpy(codes.reshape(-1)).to(sets[0].device)
     return codes.split([len(part) for part in parts]), classes
+
+
+def _label_array(labels):
+    """Labels as an array of int64, of Python's objects, or of what labels cannot be."""
+    if torch.is_tensor(labels):
+        labels = labels.detach().cpu()
+        labels = labels.float() if labels.dtype == torch.bfloat16 else labels  # which numpy has not
+    if isinstance(labels, (list, tuple)):
+        labels = np.asarray([label.item() if torch.is_tensor(label) else label for label in labels], dtype=object)
+    array = np.asarray(labels)
+    is_object = array.dtype.kind in "UST" or array.dtype == np.uint64
+    return array.astype(object if is_object else np.int64 if array.dtype.kind in "biu" else array.dtype)
+
+
+def _kind_of(type_of_label):
+    """What a type is one of: str, bytes or int; others are what they are."""
+    kinds = {str: str, bytes: bytes, int: (numbers.Integral, np.bool_)}
+    return next((kind for kind, types in kinds.items() if issubclass(type_of_label, types)), type_of_label)
 
 
 def _ranges(codes, reference_codes=None):
@@ -404,9 +472,9 @@ def _warn_of_copies(share):
     # One digit, so that Python shows the warning once, and not in every epoch.
     percent = f"about {float(f'{100 * share:.1g}'):g} per cent" if share >= 0.01 else "less than 1 per cent"
     warnings.warn(
-        f"{percent} of the queries have a copy of themselves among the references, of their label and at distance 0, "
-        "which counts as found. A reference set should not hold the queries, nor a loader repeat samples; for several "
-        "copies of one thing say which they are by groups, and with allow_copies=True that they are meant",
+        f"{percent} of the queries have a copy of themselves among the references, of their label and closer than 1e-7 "
+        "of the spread, which counts as found. A reference set should not hold the queries, nor a loader repeat "
+        "samples; groups leave several copies of one thing out, and allow_copies=True says that they are meant",
         stacklevel=4,
     )
 
@@ -415,7 +483,7 @@ def _figures(is_relevant, R, ks, full_ranking):
     """Figures (n,) for each query, from the relevance (n, k) of its neighbours, nearest first, and its R (n,)."""
     place = torch.arange(1, is_relevant.shape[1] + 1, device=R.device)  # (k,)
     hits = is_relevant & (place <= R[:, None])  # relevant ones among the R nearest
-    precision = is_relevant.cumsum(dim=1, dtype=torch.float64).div_(place)  # (n, k)
+    precision = is_relevant.cumsum(dim=1, dtype=torch.int32) / place.double()  # (n, k)
     values = {f"recall@{k}": is_relevant[:, :k].any(dim=1) for k in ks}
     values["r_precision"] = hits.sum(dim=1) / R.double()
     values["map@r"] = (precision * hits).sum(dim=1) / R
@@ -432,25 +500,26 @@ def _average(values, labels, classes, average):
     counts = torch.bincount(labels.cpu(), minlength=len(classes))
     occurs = counts > 0
     means = (torch.bincount(labels.cpu(), values, minlength=len(classes)) / counts)[occurs]
-    return float(means.mean()) if average == "macro" else dict(zip(classes[occurs].tolist(), means.tolist()))
+    return float(means.mean()) if average == "macro" else dict(zip(classes[occurs.numpy()].tolist(), means.tolist()))
 
 
 def _vote(neighbor_labels):
     """The most frequent label (n,) of neighbours (n, k), nearest first; in a tie, that of the nearest; -1 is none."""
-    votes = sum((neighbor_labels == column[:, None]).long() for column in neighbor_labels.unbind(dim=1))  # (n, k)
-    votes = votes * (neighbor_labels >= 0)
-    return neighbor_labels.gather(1, votes.argmax(dim=1, keepdim=True)).squeeze(1)
+    ordered, columns = neighbor_labels.sort(dim=1).values, neighbor_labels.contiguous()
+    first, last = (torch.searchsorted(ordered, columns, right=right) for right in (False, True))
+    votes = (last - first) * (columns >= 0)  # (n, k)
+    return columns.gather(1, votes.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
-def _as_factors(x, y):
-    """Two centred matrices (N, D) and (M, D) as (N, D + 2) and (D + 2, M), whose product are the squared distances.
+def _factor(x, *, is_reference=False):
+    """Centred rows x (N, D) as (N, D + 2), or of a reference (D + 2, N): a product of both is of squared distances.
 
     Squared norms are shorter than they are by what rounding may add: so equal rows are no farther than 0.
     """
     rounding = 2 * torch.finfo(x.dtype).eps * (2 + x.shape[1] ** 0.5)
-    x_norms, y_norms = (z.square().sum(dim=1, keepdim=True) * (1 - rounding) for z in (x, y))
-    left = torch.cat((x, x_norms, torch.ones_like(x_norms)), dim=1)
-    return left, torch.cat((-2 * y, torch.ones_like(y_norms), y_norms), dim=1).T
+    norms = x.square().sum(dim=1, keepdim=True) * (1 - rounding)
+    ones = torch.ones_like(norms)
+    return torch.cat((-2 * x, ones, norms), dim=1).T if is_reference else torch.cat((x, norms, ones), dim=1)
 
 
 def _rounded_bits(squared_distances, n_bits=16):
@@ -474,15 +543,16 @@ def _nearest(queries, references, k, left_out=None):
     may_lack = left_out is not None and k > M - int(left_out[2].max())
     n_bits, most = max(16, (M - 1).bit_length()), torch.iinfo(torch.int64).max
     center = references.mean(dim=0)
-    queries, references = _as_factors(queries - center, references - center)
+    references = _factor(references - center, is_reference=True)  # (D + 2, M)
     index = torch.arange(M, device=device)
     n_rows, n_columns = max(1, 2**23 // M), 2048 if device.type == "cpu" else M  # of the keys; of what a cache holds
     all_keys = torch.empty(min(n_rows, N), M, dtype=torch.int64, device=device)
     for start in _progress(range(0, N, n_rows), "neighbours"):
         keys = all_keys[: N - start]  # (n, M)
         rows = slice(start, start + len(keys))
+        block = _factor(queries[rows] - center)
         for columns in (slice(first, first + n_columns) for first in range(0, M, n_columns)):
-            bits = _rounded_bits((queries[rows] @ references[:, columns]).clamp_(min=0), n_bits)
+            bits = _rounded_bits((block @ references[:, columns]).clamp_(min=0), n_bits)
             torch.bitwise_or(bits, index[columns], out=keys[:, columns])
         if left_out is not None:
             keys[_members(*left_out, rows)] = most
@@ -539,7 +609,7 @@ def _all_pairs(x, labels, n_positive):
     """Distances of all same-class pairs (P,) and of all others (N,), as arrays."""
     distances = np.empty(len(x) * (len(x) - 1) // 2)
     x = x - x.mean(dim=0)
-    left, right = _as_factors(x, x)
+    left, right = _factor(x), _factor(x, is_reference=True)
     filled = [0, n_positive]  # positive pairs come first, then negative ones
     step = max(1, 2**22 // len(x))
     for start in _progress(range(0, len(x), step), "pairs"):
@@ -564,9 +634,11 @@ def _drawn_pairs(x, counts, n_pairs, n_all, generator, *, same):
     n_others = counts - 1 if same else len(x) - counts  # (C,): partners of a sample
     starts, ends = counts.cumsum(0) - counts, (counts * n_others).cumsum(0)  # (C,): of samples and of numbers
     if n_pairs < n_all:
-        numbers = torch.randint(2 * n_all, (n_pairs,), generator=generator).sort().values  # rows in turn lie in a cache
+        numbers = (
+            torch.randint(2 * n_all, (n_pairs,), generator=generator, device="cpu").sort().values
+        )  # rows in turn lie in a cache
     else:
-        numbers = torch.arange(2 * n_all)
+        numbers = torch.arange(2 * n_all, device="cpu")
     distances, n_done = np.empty(n_pairs), 0
     for part in _progress(numbers.to(x.device).split(max(1, 2**19 // x.shape[1])), "pairs"):
         c = torch.searchsorted(ends, part, right=True)

@@ -668,7 +668,9 @@ def _gathered(value):
 
 def _in_turn(parts):
     """The rows of all processes (N, ...), of which row i was dealt to process i % W."""
-    place = torch.cat([torch.arange(len(part)) * len(parts) + rank for rank, part in enumerate(parts)])
+    place = torch.cat(
+        [torch.arange(len(part), device=part.device) * len(parts) + rank for rank, part in enumerate(parts)]
+    )
     return torch.cat(parts)[place.argsort()]
 
 

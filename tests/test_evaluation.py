@@ -1,5 +1,6 @@
 """Tests of evaluation.py, against numbers worked by hand, loops and other libraries."""
 
+import enum
 import itertools
 import os
 import random
@@ -419,22 +420,109 @@ def test_labels_may_be_bools():
 )
 @each_call
 def test_labels_that_are_no_labels_are_an_error(call, labels):
-    with pytest.raises(ValueError, match="expected one whole number or string as label of each of 6 embeddings, got"):
+    with pytest.raises(
+        ValueError, match=r"one whole number or string as label of each of 6 (embeddings|references), got"
+    ):
         call(torch.randn(6, 2), labels)
+
+
+class Kind(str, enum.Enum):
+    CAT = "cat"
+    DOG = "a dog"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Kind.CAT, Kind.DOG), (b"a", b"a\0"), ("a", "a\0"), (2**64 - 1, 2**64 - 2), (2**70, 1), (-(2**63), 2**63 - 1),
+        (np.uint8(1), np.int64(2)), (True, False), ("x" * 10_000, "x"),
+    ],
+    ids=["enum", "bytes", "NUL", "uint64", "large", "int64", "numpy's", "bool", "long"],
+)  # fmt: skip
+def test_labels_that_differ_a_little_are_two_classes(first, second):
+    x = torch.randn(40, 2, generator=seeded_generator())
+    labels = [first, second] * 20
+    assert evaluate_embeddings(x, labels) == evaluate_embeddings(x, [0, 1] * 20)
+    each = evaluate_embeddings(x, labels, average=None)["map@r"]
+    assert set(each) == {first, second}
+    predicted = knn_predict(x, x, labels, n_neighbors=1)[0]
+    assert predicted.tolist() == labels
+
+
+def test_labels_of_uint64_are_not_those_of_their_bits():
+    x = torch.randn(8, 2)
+    with pytest.raises(ValueError, match="no query has a reference of its label"):
+        evaluate_embeddings(x, np.full(8, 2**64 - 1, dtype=np.uint64), x, [-1] * 8)
+
+
+@pytest.mark.parametrize("n_classes", [1, 2])
+def test_values_of_each_class_where_one_has_queries(n_classes):
+    x, labels = [[0.0], [1.0], [5.0]], [3, 3, 4][: 3 if n_classes == 2 else 2]
+    values = evaluate_embeddings(x[: len(labels)], labels, average=None, ks=(1,))
+    assert values["recall@1"] == {3: 1.0}
+
+
+EMBEDDINGS = {
+    "reversed": lambda x: x[::-1],
+    "big-endian": lambda x: x.astype(">f8"),
+    "read-only": lambda x: np.frombuffer(x.tobytes()).reshape(x.shape),
+    "objects": lambda x: x.astype(object),
+    "long double": lambda x: x.astype(np.longdouble),
+    "table": pd.DataFrame,
+    "nullable table": lambda x: pd.DataFrame(x).astype("Float64"),
+    "bools": lambda x: x > 0,
+    "list of tensors": lambda x: [*torch.from_numpy(x)],
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS.values(), ids=EMBEDDINGS)
+def test_embeddings_may_be_of_any_kind(kind):
+    x, labels = gaussian(seeded_generator())
+    x, given = x.double().numpy(), kind(x.double().numpy())
+    expected = torch.tensor(np.array(x[::-1] if given is not None and kind is EMBEDDINGS["reversed"] else x))
+    expected = (expected > 0).double() if kind is EMBEDDINGS["bools"] else expected
+    assert evaluate_embeddings(given, labels) == evaluate_embeddings(expected, labels)
+    assert without(verification(given, labels), "curve") == without(verification(expected, labels), "curve")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, ["a"] * 6, torch.randn(6, 2, dtype=torch.complex64), np.ones((6, 2)) * 1j, [[1.0], [1.0, 2.0]] * 3],
+    ids=["None", "strings", "complex", "complex array", "ragged"],
+)
+def test_embeddings_that_are_no_numbers_are_an_error(given):
+    with pytest.raises(ValueError, match="expected embeddings"):
+        evaluate_embeddings(given, [0, 1] * 3)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-160, 1e155, 1e200])
+def test_scales_whose_squares_fit_no_float64(scale):
+    x, labels = gaussian(seeded_generator())
+    x = x.double()
+    for call in (evaluate_embeddings, verification):
+        with pytest.raises(ValueError, match="whose squares fit float64"):
+            call(x * scale, labels)
+        values, expected = call(x * scale, labels, metric="cosine"), call(x, labels, metric="cosine")
+        assert without(values, "curve") == pytest.approx(without(expected, "curve"), rel=1e-9)
 
 
 def test_labels_of_queries_and_references_are_of_one_type():
     x = torch.randn(6, 2)
-    with pytest.raises(ValueError, match=r"expected labels of one type, got int64 and <U1"):
+    with pytest.raises(ValueError, match=r"expected labels of one type, got int and str"):
         evaluate_embeddings(x, [0, 1, 2] * 2, x, ["0", "1", "2"] * 2)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"groups": [0] * 6}, "group of each of 6 embeddings, got none"),
+        ({"groups": [0] * 6}, "group of each of 6 references, got none"),
         ({"reference_groups": [0] * 6}, "group of each of 6 embeddings, got none"),
-        ({"groups": [0] * 5, "reference_groups": [0] * 6}, "group of each of 6 embeddings"),
+        (
+            {"groups": [0] * 5, "reference_groups": [0] * 6},
+            r"group of each of 6 embeddings, got int of shape \(5,\)",
+        ),
+        ({"ks": (1.5,)}, r"whole numbers of at least 1, got \[1.5\]"),
+        ({"metric": "dot"}, '"euclidean" or "cosine", got'),
         ({"average": "mean"}, 'average to be "micro", "macro" or None, got \'mean\''),
     ],
 )
@@ -1207,6 +1295,14 @@ def test_few_shot_is_within_its_interval_of_loops(n_way, n_shot, n_query):
     assert abs(accuracy - expected) < 3 * (error**2 + (interval / 1.96) ** 2) ** 0.5
 
 
+@pytest.mark.parametrize("outlier", [1e3, 1e9, 1e12])
+def test_few_shot_of_classes_of_unlike_scales_goes_by_exact_distances(outlier):
+    centres = torch.cat((0.1 * torch.arange(8.0, dtype=torch.float64), torch.tensor([outlier], dtype=torch.float64)))
+    labels = torch.arange(9).repeat_interleave(10)
+    x = centres[labels, None] + 1e-3 * torch.randn(90, 1, dtype=torch.float64, generator=seeded_generator())
+    assert few_shot_accuracy(x, labels, 9, 5, n_query=5, n_episodes=20) == (1.0, 0.0)
+
+
 def test_few_shot_interval_is_of_the_mean_over_episodes():
     x, labels = gaussian(seeded_generator())
     accuracy, interval = few_shot_accuracy(x, labels, 3, 2, n_query=4, n_episodes=25, generator=seeded_generator(1))
@@ -1318,7 +1414,9 @@ def test_embeddings_of_another_shape_are_an_error(call, shape):
     ids=["float", "list of floats", "too few", "two columns", "one for all", "None"],
 )
 def test_labels_of_another_kind_are_an_error(call, labels):
-    with pytest.raises(ValueError, match="expected one whole number or string as label of each of 6 embeddings, got"):
+    with pytest.raises(
+        ValueError, match=r"one whole number or string as label of each of 6 (embeddings|references), got"
+    ):
         call(torch.randn(6, 2), labels)
 
 
