@@ -545,7 +545,8 @@ def _nearest(queries, references, k, left_out=None):
     center = references.mean(dim=0)
     references = _factor(references - center, is_reference=True)  # (D + 2, M)
     index = torch.arange(M, device=device)
-    n_rows, n_columns = max(1, 2**23 // M), 2048 if device.type == "cpu" else M  # of the keys; of what a cache holds
+    n_rows = max(1, 2**23 // max(references.shape))  # 64 MB of keys
+    n_columns = 2048 if device.type == "cpu" else M  # what a cache holds
     all_keys = torch.empty(min(n_rows, N), M, dtype=torch.int64, device=device)
     for start in _progress(range(0, N, n_rows), "neighbours"):
         keys = all_keys[: N - start]  # (n, M)
