@@ -109,7 +109,7 @@ def evaluate_embeddings(
 def knn_predict(
     embeddings: Any, reference: Any, reference_labels: Any, *, n_neighbors: int = 5, metric: str = "euclidean"
 ) -> tuple[Any, Tensor, Tensor]:
-    """Labels for new embeddings, by a vote of their nearest neighbours in a labelled reference set.
+    """Predict the labels of embeddings by a majority vote of their nearest neighbours in a labelled reference set.
 
     The most frequent label wins; in a tie, that of the nearest neighbour.
 
@@ -162,7 +162,7 @@ def verification(
     that are accepted, FAR (false accept rate) that of the other pairs.
 
     To decide by, take `threshold@eer`, or `threshold@far=F` if a false acceptance costs more than a false rejection.
-    With many classes nearly all pairs are of two, and the threshold of best accuracy rejects nearly everything.
+    With many classes nearly all pairs are of two classes, and the threshold of best accuracy rejects nearly all pairs.
 
     Args:
         embeddings: (N, D); a tensor or array of any dtype, on any device.

@@ -199,8 +199,8 @@ class PairAccuracyMetric(Metric):
 
     Args:
         threshold: for pairs, not negative, such as `verification(...)["threshold@eer"]` of other data. None:
-            the best one for the pairs of the pass. That is optimistic: the pairs that choose it are those it is judged
-            by, and it gets at least the larger of the two kinds right. Keeps 16 bytes for each pair.
+            the best one for the pairs of the pass. That is optimistic, since the pairs that choose it also judge it: it
+            is at least the share of the more frequent kind. Keeps 16 bytes for each pair.
 
     Raises:
         ValueError: another threshold.

@@ -10,6 +10,7 @@ import base64
 import io
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,8 @@ def plot_embeddings(
         labels, classes = _labels([labels, classes], [points, classes])
     names = _names(classes, class_names).values()
     if ax is None:
-        ax = plt.figure(figsize=(7, 6), layout="constrained").add_subplot()
+        n_columns = math.ceil(len(classes) / 30) if len(classes) <= 100 else 0  # of the legend
+        ax = plt.figure(figsize=(6 + max(1, 1.5 * n_columns), 6), layout="constrained").add_subplot()
     size = float(np.clip(20000 / max(1, len(points)), 3, 12))  # small points for many, visible ones for few
     style: Any = {"s": size, "alpha": 0.6, "linewidths": 0, "rasterized": True}
     drawn = [
@@ -77,14 +79,25 @@ def plot_embeddings(
         ax.set_xlim(xlim)
     if ylim is not None:
         ax.set_ylim(ylim)
-    ax.set_title(_titled(title, note))
+    ax.set_title(_titled(title, note), parse_math=False)  # a "$" is no formula
     if len(drawn) <= 100:
-        style = {"markerscale": 3, "fontsize": "small", "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-        legend = ax.legend(drawn, [""] * len(drawn), ncols=max(1, math.ceil(len(drawn) / 30)), frameon=False, **style)
-        for handle, text, name in zip(legend.legend_handles, legend.get_texts(), names):
-            handle.set_alpha(1)  # type: ignore[union-attr]
-            text.set_text(name)  # only now: matplotlib leaves out what begins with "_"
+        style = {"ncols": max(1, math.ceil(len(drawn) / 30)), "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        legend = _legend(ax, drawn, map(_short, names), markerscale=3, frameon=False, **style)
+        for handle in legend.legend_handles:
+            handle.set_alpha(1)
     return ax
+
+
+def _legend(ax, handles, names, **style):
+    """A legend of names as they are: matplotlib leaves out what begins with "_", and takes "$" for a formula."""
+    legend = ax.legend(handles, [""] * len(handles), fontsize="small", **style)
+    for text, name in zip(legend.get_texts(), names):
+        text.set(text=name, parse_math=False)
+    return legend
+
+
+def _short(name):
+    return name if len(name) <= 24 else f"{name[:23]}…"
 
 
 def compare_embeddings(sets: Mapping[str, tuple[Any, Any]], *, class_names: Any = None) -> Figure:
@@ -141,11 +154,12 @@ def embedding_movie(
         fps: frames a second; the last one stays for two seconds.
 
     Raises:
-        ValueError: no frames, or another number of titles; or as for `plot_embeddings`.
+        ValueError: no frames, another number of titles, or fps below 1; or as for `plot_embeddings`.
     """
-    if len(frames) == 0 or (titles is not None and len(titles) != len(frames)):
-        raise ValueError(f"expected frames, and as many titles, got {len(frames)} and {len(titles or frames)}")
     titles = range(1, len(frames) + 1) if titles is None else titles
+    if len(frames) == 0 or len(titles) != len(frames) or fps < 1:
+        given = f"{len(frames)} and {len(titles)}, fps {fps}"
+        raise ValueError(f"expected frames, and as many titles, and fps of at least 1, got {given}")
     points, note = _in_the_plane([embeddings for embeddings, _ in frames])
     labels = _labels([labels for _, labels in frames], points)
     classes = np.unique(np.concatenate(labels))
@@ -194,6 +208,7 @@ def embedding_page(
     Raises:
         ValueError: images that are not one for each embedding, of another shape or not finite; or as for
             `plot_embeddings`.
+        OSError: a path whose folder does not exist, or that is no file.
         ImportError: without bokeh.
     """
     try:
@@ -201,6 +216,9 @@ def embedding_page(
         from bokeh.resources import INLINE
     except ImportError as error:
         raise ImportError("embedding_page needs bokeh: pip install bokeh") from error
+    path = Path(path).resolve()  # the file that a link names
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise OSError(f"expected path to be a file in a folder that exists, got {path}")
     (points,), note = _in_the_plane([embeddings])
     (labels,) = _labels([labels], [points])
     classes, codes = np.unique(labels, return_inverse=True)
@@ -212,7 +230,7 @@ def embedding_page(
         rendering="auto" if largest > 64 else "pixelated",
     )
     figure = _page_figure(points, codes, names, uris, _titled(heading, note), tooltip)
-    _write_whole(Path(path), file_html(figure, INLINE, title=heading))
+    _write_whole(path, file_html(figure, INLINE, title=heading))
 
 
 _TOOLTIP = """<div style="max-width: 240px; text-align: center; overflow-wrap: anywhere">
@@ -222,22 +240,22 @@ _TOOLTIP = """<div style="max-width: 240px; text-align: center; overflow-wrap: a
 
 def _page_figure(points, codes, names, uris, title, tooltip):
     """A bokeh figure of points (N, 2), with a renderer for each class, or one for all where there is no legend."""
-    from bokeh.models import ColumnDataSource, HoverTool, Legend, LegendItem
+    from bokeh.models import ColumnDataSource, HoverTool, Legend, LegendItem, PlainText, Title
     from bokeh.plotting import figure
 
     tools: Any = {"tools": "pan,wheel_zoom,box_zoom,reset,save", "active_scroll": "wheel_zoom"}
-    plot = figure(title=title, output_backend="webgl", sizing_mode="stretch_both", **tools)
+    plot = figure(title=Title(text=PlainText(text=title)), output_backend="webgl", sizing_mode="stretch_both", **tools)
     colours = np.array([to_hex(colour) for colour in _colours(len(names))])
     names, uris = np.array(names, dtype=object), np.array(uris, dtype=object)
     style: Any = {"size": float(np.clip(400 / math.sqrt(len(points)), 5, 10)), "line_color": None, "alpha": 0.7}
     parts = [np.flatnonzero(codes == c) for c in range(len(names))] if len(names) <= 100 else [np.arange(len(points))]
     items = []
     for rows in parts:
-        x, y = points[rows].astype(float).T
+        x, y = points[rows].T
         columns = {"x": x, "y": y, "row": rows, "colour": colours[codes[rows]].tolist()}
         columns |= {"name": names[codes[rows]].tolist(), "image": uris[rows].tolist()}
         dots = plot.scatter("x", "y", source=ColumnDataSource(columns), color="colour", **style)
-        items.append(LegendItem(label={"value": columns["name"][0]}, renderers=[dots]))
+        items.append(LegendItem(label={"value": _short(columns["name"][0])}, renderers=[dots]))
     plot.add_tools(HoverTool(tooltips=tooltip, limit=1, attachment="horizontal"))  # one point of each class
     if len(parts) == len(names):
         plot.add_layout(Legend(items=items, click_policy="hide", ncols=math.ceil(len(items) / 20)), "right")
@@ -272,11 +290,12 @@ def _data_uri(image):
 
 
 def _write_whole(path, text):
-    """Write a text file, which is there whole or not at all."""
-    path = path.resolve()  # the file that a link names
-    partial = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}.partial")
+    """Write a text file, which is there whole or not at all, with the mode of one that was there."""
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
+        if path.exists():
+            shutil.copymode(path, partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -310,7 +329,7 @@ def plot_neighbors(
             `plot_embeddings`.
     """
     neighbors = _array(neighbors)
-    if neighbors.ndim != 2 or len(neighbors) != len(query_images):
+    if neighbors.ndim != 2 or neighbors.size == 0 or len(neighbors) != len(query_images):
         given = f"{len(query_images)} images, neighbors of shape {neighbors.shape}"
         raise ValueError(f"expected n query images and neighbors of shape (n, k), got {given}")
     query_labels, labels = _labels([query_labels, labels], [query_images, images])
@@ -333,7 +352,7 @@ def _show(ax, image, title, colour):
     image = _channels_last(_array(image)).astype(float)
     low, high = image.min(), image.max()
     ax.imshow((image - low) / max(high - low, 1e-12), cmap="gray_r" if image.ndim == 2 else None)
-    ax.set_title(title, fontsize=7, color=colour, pad=2)
+    ax.set_title(title, fontsize=7, color=colour, pad=2, parse_math=False)
     ax.set_xticks([])
     ax.set_yticks([])
     for spine in ax.spines.values():
@@ -349,17 +368,23 @@ def plot_roc(curves: Mapping[str, tuple[Any, Any]], *, ax: Axes | None = None) -
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: anything else than such a dict.
     """
+    if not isinstance(curves, Mapping) or not all(
+        isinstance(x, (tuple, list)) and len(x) == 2 for x in curves.values()
+    ):
+        raise ValueError(f"expected curves as a dict from a name to arrays (far, tar), got {curves!r:.100}")
     if ax is None:
         ax = plt.figure(figsize=(6.5, 4.5), layout="constrained").add_subplot()
-    for name, (far, tar) in curves.items():
-        ax.step(_array(far), _array(tar), where="post", label=name)
+    lines = [ax.step(_array(far), _array(tar), where="post", label=name)[0] for name, (far, tar) in curves.items()]
     ax.set_xscale("log")
     ax.set_xlim(1e-4, 1)
     ax.set_xlabel("false accept rate")
     ax.set_ylabel("true accept rate")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize="small", loc="lower right")
+    _legend(ax, lines, map(str, curves), loc="lower right")
     return ax
 
 
@@ -391,7 +416,8 @@ def plot_history(history: Sequence[Mapping[str, Any]], *, keys: Sequence[str] | 
     n_rows = math.ceil(len(keys) / n_columns)
     figure = plt.figure(figsize=(4.2 * n_columns, 3.2 * n_rows), layout="constrained")
     for number, key in enumerate(keys, 1):
-        ax = figure.add_subplot(n_rows, n_columns, number, title=key, xlabel="epoch")
+        ax = figure.add_subplot(n_rows, n_columns, number, xlabel="epoch")
+        ax.set_title(key, parse_math=False)
         for part, (label, colour) in parts.items():
             if np.isfinite(values[f"{part}_{key}"]).any():
                 ax.plot(epochs, values[f"{part}_{key}"], "o-", markersize=3, color=colour, label=label)
@@ -416,16 +442,23 @@ def _in_the_plane(sets):
         if embeddings.ndim != 2 or embeddings.shape[1] < 2 or embeddings.dtype.kind not in "biuf":
             given = f"{embeddings.dtype} of shape {embeddings.shape}"
             raise ValueError(f"expected embeddings of shape (N, D) with D of at least 2, got {given}")
-        if not np.isfinite(embeddings).all():
-            n_bad = (~np.isfinite(embeddings)).any(axis=1).sum()
-            raise ValueError(f"expected finite embeddings, got NaN or infinity in {n_bad} of {len(embeddings)}")
+        fits = np.abs(embeddings, dtype=float) < 1e150  # neither NaN nor infinite, and with a square
+        if not fits.all():
+            n_bad = (~fits).any(axis=1).sum()
+            raise ValueError(
+                f"expected embeddings that are finite and below 1e150, got others in {n_bad} of {len(fits)}"
+            )
     dimensions = {embeddings.shape[1] for embeddings in sets}
     if len(dimensions) != 1:
         raise ValueError(f"expected sets of embeddings of one dimension, got {sorted(dimensions) or 'no sets'}")
+    sets = [embeddings.astype(float) for embeddings in sets]
     if dimensions == {2}:
         return sets, ""
-    points, share = _principal(np.concatenate(sets).astype(float))
-    note = f"first two of {dimensions.pop()} principal components, {share:.0%} of the variance"
+    everything = np.concatenate(sets)
+    points, share = _principal(everything)
+    is_spread = np.ptp(points, axis=0).max(initial=0) > 1e-7 * np.abs(everything).max(initial=0)
+    of_all = f"{share:.0%} of the variance" if is_spread else "all points as good as equal"
+    note = f"first two of {dimensions.pop()} principal components, {of_all}"
     return np.split(points, np.cumsum([len(embeddings) for embeddings in sets])[:-1]), note
 
 
@@ -458,7 +491,8 @@ def _labels(labels_of_sets, sets):
         if part.dtype.kind == "f" and not np.isfinite(part).all():
             raise ValueError("expected labels that are finite, got NaN or infinity")
         is_whole = part.dtype.kind in "iu" or (part.dtype.kind == "f" and (part == np.rint(part)).all())
-        parts.append(part.reshape(-1).astype(np.int64 if is_whole else part.dtype))
+        is_large = part.dtype == np.uint64 and part.max(initial=0) >= 2**63
+        parts.append(part.reshape(-1).astype(object if is_large else np.int64 if is_whole else part.dtype))
     if len({part.dtype.kind == "U" for part in parts if part.size}) > 1:
         raise ValueError("expected labels of one type, got numbers and strings")
     return parts
@@ -467,6 +501,7 @@ def _labels(labels_of_sets, sets):
 def _names(classes, class_names):
     """A dict with the text for each label of an array (C,): its name, or the label itself."""
     classes = classes.tolist()
+    class_names = _array(class_names).tolist() if hasattr(class_names, "detach") else class_names
     if class_names is None or hasattr(class_names, "keys"):  # a dict, or a Series
         return {label: str(label if class_names is None else class_names.get(label, label)) for label in classes}
     without = [label for label in classes if not isinstance(label, int) or not 0 <= label < len(class_names)]
@@ -489,7 +524,7 @@ def _titled(title, note):
 def _channels_last(image):
     """An image (1, H, W) or (H, W) as (H, W), one of three channels as (H, W, 3)."""
     if image.ndim not in (2, 3) or (image.ndim == 3 and len(image) not in (1, 3)) or image.size == 0:
-        raise ValueError(f"expected images of shape (1, H, W), (3, H, W) or (H, W), got {image.shape}")
+        raise ValueError(f"expected images of shape (1, H, W), (3, H, W) or (H, W), channels first, got {image.shape}")
     if image.ndim == 2:
         return image
     return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)

@@ -1224,6 +1224,12 @@ def test_verification_at_a_rate_that_is_none_is_an_error(limit):
         verification(torch.randn(6, 2), torch.arange(6) % 2, fars=(0.1, limit))
 
 
+@pytest.mark.parametrize("max_pairs", [1, 0, -5, 434.0, "all"])
+def test_a_sample_of_no_number_of_pairs_is_an_error(max_pairs):
+    with pytest.raises(ValueError, match="max_pairs to be None or a whole number of at least 2, got"):
+        verification(torch.randn(6, 2), torch.arange(6) % 2, max_pairs=max_pairs)
+
+
 @pytest.mark.parametrize("max_pairs", [None, 3])
 def test_verification_without_a_pair_of_either_kind_is_an_error(max_pairs):
     x = torch.randn(5, 2)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 import sys
 
@@ -14,6 +15,7 @@ from PIL import Image
 from plots import embedding_page
 
 NASTY = ["<b>cat</b> & \"dog\" 'owl'", "<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>"]
+FORMULA = " $$x_{$$"
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +119,13 @@ def test_click_in_the_legend_hides_a_class_and_a_second_one_shows_it(tmp_path, o
 
 
 def test_markup_in_names_and_title_appears_as_text(tmp_path, opened):
-    title = " ".join(NASTY)
+    title = " ".join(NASTY) + FORMULA
     embedding_page(grid(3), [0, 1, 2], images_of(3, 6, 6), tmp_path / "page.html", class_names=NASTY, title=title)
     page = opened(tmp_path / "page.html")
     assert page.title() == title
     for name in NASTY:
-        assert page.get_by_text(name, exact=True).count() == 1  # in the legend
+        shown = name if len(name) <= 24 else name[:23] + "…"
+        assert page.get_by_text(shown, exact=True).count() == 1  # in the legend
     for point in page.evaluate(page_picture.POINTS):
         page_picture.hover(page, point)
         assert tip(page)[0] == f"{NASTY[point['row']]} row {point['row']}"
@@ -169,7 +172,7 @@ def test_page_of_ten_thousand_points_answers(tmp_path, opened):
     corner = max(points, key=lambda point: point["x"] + point["y"])
     page_picture.hover(page, corner)
     assert tip(page)[0] == f"{corner['row'] % 10} row {corner['row']}"
-    title = page.evaluate("() => Bokeh.documents[0].roots()[0].title.text")
+    title = page.evaluate("() => Bokeh.documents[0].roots()[0].title.text.text")
     assert re.fullmatch(r"10,000 embeddings of 10 classes\nfirst two of 16 principal components, \d+% .*", title)
 
 
@@ -257,6 +260,25 @@ def test_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert "<title>naïve</title>" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["link.html", "page.html"]
     assert (tmp_path / "link.html").is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_page_keeps_the_mode_of_the_one_before(tmp_path, mode):
+    path = tmp_path / "page.html"
+    path.write_text("before")
+    path.chmod(mode)
+    embedding_page(grid(1), [0], images_of(1, 6, 6), path)
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_page_takes_the_place_of_nothing_but_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder", "nowhere/page.html"):
+        with pytest.raises(OSError, match="expected path to be a file in a folder that exists, got"):
+            embedding_page(grid(1), [0], images_of(1, 6, 6), tmp_path / name)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_page_without_bokeh_says_what_to_install(tmp_path, monkeypatch):

@@ -234,8 +234,11 @@ def test_embeddings_without_a_second_component_lie_on_a_line(shape):
         (np.zeros(6), r"got float64 of shape \(6,\)"),
         (np.zeros((6, 2, 1)), r"got float64 of shape \(6, 2, 1\)"),
         (np.full((6, 2), "a"), "got <U1 of shape"),
-        (np.array([[0.0, 1], [np.nan, 1], [np.inf, np.nan]] * 2), "finite embeddings, got NaN or infinity in 4 of 6"),
-        (np.full((6, 5), np.inf), "finite embeddings, got NaN or infinity in 6 of 6"),
+        (
+            np.array([[0.0, 1], [np.nan, 1], [np.inf, np.nan]] * 2),
+            "embeddings that are finite and below 1e150, got others in 4 of 6",
+        ),
+        (np.full((6, 5), np.inf), "embeddings that are finite and below 1e150, got others in 6 of 6"),
     ],
     ids=["1-D", "no D", "three axes", "strings", "2-D not finite", "5-D not finite"],
 )
@@ -629,3 +632,48 @@ def test_movie_is_collected_by_a_metric():
 def test_movie_of_nothing_is_an_error(tmp_path, frames, titles):
     with pytest.raises(ValueError, match="expected frames, and as many titles"):
         embedding_movie(frames, tmp_path / "movie.gif", titles=titles)
+
+
+def test_movie_without_time_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="fps of at least 1, got 1 and 1, fps 0"):
+        embedding_movie([points(4, 2)], tmp_path / "movie.gif", fps=0)
+
+
+# --- texts that are not what they seem
+
+
+def test_dollars_and_underscores_are_text():
+    names = ["$x_$", "_b", "$5 to $10"]
+    ax = plot_embeddings(np.eye(3)[:, :2], names, title="$^$ and $$")
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == sorted(names)
+    compare_embeddings({"$x_$": (np.eye(3)[:, :2], names)})
+    plot_roc({name: ROC for name in names})
+    plot_history([{"epoch": 1, "train_$x_$": 1.0}])
+    plot_neighbors(images_of(3, 4, 4), names, images_of(3, 4, 4), names, [[0], [1], [2]])
+    for number in plt.get_fignums():
+        plt.figure(number).canvas.draw()  # a formula that cannot be read would be an error here
+
+
+def test_names_in_the_legend_are_short_enough_to_leave_room():
+    labels = [f"class name of usual length {i}" for i in range(60)]
+    ax = plot_embeddings(np.random.default_rng(0).normal(size=(60, 2)), labels)
+    ax.figure.canvas.draw()
+    assert {len(text.get_text()) for text in ax.get_legend().get_texts()} == {24}
+    assert ax.get_position().width > 0.4
+
+
+@pytest.mark.parametrize("noise", [0, 1e-9])
+def test_embeddings_that_have_collapsed_are_said_to(noise):
+    x = 0.1 + noise * np.random.default_rng(0).normal(size=(30, 16))
+    assert "all points as good as equal" in plot_embeddings(x, np.arange(30) % 3).get_title()
+
+
+def test_large_labels_of_uint64_are_shown_as_they_are():
+    ax = plot_embeddings(np.eye(2), np.array([2**64 - 1, 5], dtype=np.uint64), class_names={2**64 - 1: "last"})
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["5", "last"]
+
+
+@pytest.mark.parametrize("curves", [ROC, {"a": {"far": 1}}, {"a": ROC[0]}, None])
+def test_curves_that_are_none_are_an_error(curves):
+    with pytest.raises(ValueError, match=r"expected curves as a dict from a name to arrays \(far, tar\)"):
+        plot_roc(curves)

@@ -812,3 +812,9 @@ def test_input_that_can_move_itself_is_moved():
 def test_labels_in_a_column_come_as_a_row():
     loader = [(torch.ones(2, 1), torch.tensor([[3], [4]]))]
     assert extract_embeddings(loader, nn.Identity())[1].tolist() == [3, 4]
+
+
+def test_labels_that_are_strings_are_an_error_with_a_remedy():
+    data = [(torch.rand(4), name) for name in ("ant", "bee", "ant")]
+    with pytest.raises(ValueError, match=r"got a tuple; names, labels = np.unique\(strings, return_inverse=True\)"):
+        extract_embeddings(DataLoader(data, batch_size=3), nn.Linear(4, 2))
