@@ -666,8 +666,8 @@ def _roc(positive, negative, fars, n_all):
     tar = np.searchsorted(positive, accepted, side="right") / P
     far_before, far = (np.searchsorted(negative, accepted, side=side) / N for side in ("left", "right"))
     tar_before = np.concatenate(([0], tar[:-1]))
-    x = np.concatenate(([0], np.stack((far_before, far), axis=1).flatten(), [1]))
-    y = np.concatenate(([0], np.stack((tar_before, tar), axis=1).flatten(), [1]))
+    i = int(np.searchsorted(far + tar, 1))  # the first at which FAR is at least 1 - TAR
+    x, y = np.array([(far[i - 1] if i else 0, far_before[i], far[i]), (tar_before[i], tar_before[i], tar[i])])
 
     accepted, tar, far = (np.concatenate(([-np.inf], accepted)), np.concatenate(([0], tar)), np.concatenate(([0], far)))
     accuracy = (n_all[0] * tar + n_all[1] * (1 - far)) / sum(n_all)
