@@ -169,7 +169,7 @@ def verification(
         labels: (N,), whole numbers or strings; a tensor, array, list or Series.
         max_pairs: if there are more pairs than this, so many are drawn, uniformly and with replacement: half of them
             same-class pairs and half others, or all there are of one kind and more of the other. None: 10 million of
-            more than 50 million, which is enough for all pairs of 10,000 embeddings; these need 0.9 GB.
+            more than 50 million, which is enough for all pairs of 10,000 embeddings; these need 0.8 GB.
         fars: false accept rates at which to report TAR.
         metric: "euclidean" or "cosine"; thresholds are Euclidean distances or 1 - cosine.
         generator: `torch.Generator` on the CPU for the sample; None: the same sample every time.
