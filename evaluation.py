@@ -167,9 +167,9 @@ def verification(
     Args:
         embeddings: (N, D); a tensor or array of any dtype, on any device.
         labels: (N,), whole numbers or strings; a tensor, array, list or Series.
-        max_pairs: if there are more pairs than this, so many are drawn, uniformly and with replacement: half of them
-            same-class pairs and half others, or all there are of one kind and more of the other. None: 10 million of
-            more than 50 million, which is enough for all pairs of 10,000 embeddings; these need 0.8 GB.
+        max_pairs: of more pairs than this, so many are drawn, uniformly and with replacement: half of them same-class
+            pairs and half others, or all of the kind there are too few of. None: all of up to 50 million pairs, such as
+            those of 10,000 embeddings, in 0.8 GB; of more, 10 million.
         fars: false accept rates at which to report TAR.
         metric: "euclidean" or "cosine"; thresholds are Euclidean distances or 1 - cosine.
         generator: `torch.Generator` on the CPU for the sample; None: the same sample every time.
