@@ -7,7 +7,6 @@ They take tensors or arrays, and stand alone or go into a metric for `fit`:
 """
 
 import contextlib
-import numbers
 import os
 import warnings
 from bisect import bisect_left
@@ -102,7 +101,8 @@ def evaluate_embeddings(
         group_codes, _ = _code("group", [groups, reference_groups], sets)
         left_out = _ranges(*[group * len(classes) + code for group, code in zip(group_codes, codes)])
     values, used = _retrieval(queries, references, codes, left_out, ks, n_neighbors, full_ranking, allow_copies)
-    means = {name: _average(value, codes[0][used], classes, average) for name, value in values.items()}
+    used_codes = codes[0][used].cpu()
+    means = {name: _average(value, used_codes, classes, average) for name, value in values.items()}
     return {**means, "n_queries": len(used), "n_left_out": len(queries) - len(used)}
 
 
@@ -169,7 +169,7 @@ def verification(
         labels: (N,), whole numbers or strings; a tensor, array, list or Series.
         max_pairs: of more pairs than this, so many are drawn, uniformly and with replacement: half of them same-class
             pairs and half others, or all of the kind there are too few of. None: all of up to 50 million pairs, such as
-            those of 10,000 embeddings, in 0.8 GB; of more, 10 million.
+            those of 10,000 embeddings; of more, 10 million. docs/benchmarks.md has time and memory of both.
         fars: false accept rates at which to report TAR.
         metric: "euclidean" or "cosine"; thresholds are Euclidean distances or 1 - cosine.
         generator: `torch.Generator` on the CPU for the sample; None: the same sample every time.
@@ -198,7 +198,7 @@ def verification(
     fars = np.atleast_1d(fars).tolist()
     if not all(0 <= far <= 1 for far in fars):
         raise ValueError(f"expected false accept rates from 0 to 1, got {fars}")
-    if max_pairs is not None and not (isinstance(max_pairs, numbers.Integral) and max_pairs >= 2):
+    if max_pairs is not None and not (isinstance(max_pairs, (int, np.integer)) and max_pairs >= 2):
         raise ValueError(f"expected max_pairs to be None or a whole number of at least 2, got {max_pairs!r}")
     x = _check_embeddings(embeddings, metric)
     (codes,), classes = _code("label", [labels], [x])
@@ -295,7 +295,7 @@ def _nearest_prototypes(queries, prototypes):
     center = prototypes.mean(dim=0)
     left, right = _factor(queries - center), _factor(prototypes - center, is_reference=True)
     squared_distances = left @ right  # (N, C)
-    error = 1e-14 * (left[:, -2:-1] + right[-1].max()) * queries.shape[1] ** 0.5  # of norms; 20 times what is seen
+    error = 1e-14 * (left[:, -2:-1] + right[-1].max()) * queries.shape[1] ** 0.5  # a sum of D terms rounds by less
     row, column = (squared_distances <= squared_distances.min(dim=1, keepdim=True).values + error).nonzero().unbind(1)
     squared_distances.fill_(torch.inf)
     for i, j in zip(*(part.split(max(1, 2**21 // queries.shape[1])) for part in (row, column))):
@@ -419,7 +419,7 @@ def _label_array(labels):
 
 def _kind_of(type_of_label):
     """What a type is one of: str, bytes or int; others are what they are."""
-    kinds = {str: str, bytes: bytes, int: (numbers.Integral, np.bool_)}
+    kinds = {str: str, bytes: bytes, int: (int, np.integer, np.bool_)}
     return next((kind for kind, types in kinds.items() if issubclass(type_of_label, types)), type_of_label)
 
 
@@ -445,7 +445,8 @@ def _retrieval(queries, references, codes, left_out, ks, n_neighbors, full_ranki
     k = len(references) if full_ranking else max(*ks, n_neighbors, int(R.max()))
     reference_labels = torch.cat((codes[-1], codes[-1].new_tensor([-1])))  # and -1 where there is no neighbour
     values: dict[str, Tensor] = {}
-    n_copies, resolution = 0, _resolution(references)
+    n_copies: Any = 0
+    resolution = _resolution(references)
     for rows, neighbors in _nearest(queries, references, k, left_out):
         neighbor_labels = reference_labels.index_select(0, neighbors.flatten()).view_as(neighbors)  # (n, k)
         is_relevant = neighbor_labels == labels[rows, None]
@@ -456,9 +457,9 @@ def _retrieval(queries, references, codes, left_out, ks, n_neighbors, full_ranki
         first, place = is_relevant[:, :10].byte().max(dim=1)  # the closest one of the query's label
         closest = references[neighbors.gather(1, place[:, None]).squeeze(1)]
         distances = torch.linalg.vector_norm(queries[rows] - closest, dim=1)
-        n_copies += int((first.bool() & (distances < resolution)).sum())
+        n_copies = n_copies + (first.bool() & (distances < resolution)).sum()  # not read yet: a GPU would wait
     if n_copies and not allow_copies:
-        _warn_of_copies(n_copies / len(used))
+        _warn_of_copies(int(n_copies) / len(used))
     return {name: value.cpu() for name, value in values.items()}, used
 
 
@@ -497,9 +498,9 @@ def _average(values, labels, classes, average):
     """The mean of values (n,) over queries, or over classes of their means, or the dict of these; labels are codes."""
     if average == "micro":
         return float(values.mean())
-    counts = torch.bincount(labels.cpu(), minlength=len(classes))
+    counts = torch.bincount(labels, minlength=len(classes))
     occurs = counts > 0
-    means = (torch.bincount(labels.cpu(), values, minlength=len(classes)) / counts)[occurs]
+    means = (torch.bincount(labels, values, minlength=len(classes)) / counts)[occurs]
     return float(means.mean()) if average == "macro" else dict(zip(classes[occurs.numpy()].tolist(), means.tolist()))
 
 
@@ -635,13 +636,12 @@ def _drawn_pairs(x, counts, n_pairs, n_all, generator, *, same):
     n_others = counts - 1 if same else len(x) - counts  # (C,): partners of a sample
     starts, ends = counts.cumsum(0) - counts, (counts * n_others).cumsum(0)  # (C,): of samples and of numbers
     if n_pairs < n_all:
-        numbers = (
-            torch.randint(2 * n_all, (n_pairs,), generator=generator, device="cpu").sort().values
-        )  # rows in turn lie in a cache
+        drawn = torch.randint(2 * n_all, (n_pairs,), generator=generator, device="cpu")
+        drawn = drawn.sort().values  # so that the rows of samples come in turn, out of a cache
     else:
-        numbers = torch.arange(2 * n_all, device="cpu")
+        drawn = torch.arange(2 * n_all, device="cpu")
     distances, n_done = np.empty(n_pairs), 0
-    for part in _progress(numbers.to(x.device).split(max(1, 2**19 // x.shape[1])), "pairs"):
+    for part in _progress(drawn.to(x.device).split(max(1, 2**19 // x.shape[1])), "pairs"):
         c = torch.searchsorted(ends, part, right=True)
         place, start, n = part - (ends - counts * n_others)[c], starts[c], n_others[c]
         i, j = start + place // n, place % n

@@ -613,8 +613,8 @@ def _labels(target, n):
     if not torch.is_tensor(target) or target.dim() == 0 or len(target) != n:
         given = f"a tensor {tuple(target.shape)}" if torch.is_tensor(target) else f"a {type(target).__name__}"
         is_text = isinstance(target, (list, tuple)) and any(isinstance(label, str) for label in target)
-        remedy = "names, labels = np.unique(strings, return_inverse=True) numbers strings" if is_text else ""
-        remedy = remedy or "of pairs or triplets give the dataset as it was"
+        of_text = "names, labels = np.unique(strings, return_inverse=True) numbers strings"
+        remedy = of_text if is_text else "of pairs or triplets give the dataset as it was"
         raise ValueError(f"expected batches (data, labels), a number for each of {n} embeddings, got {given}; {remedy}")
     return target
 

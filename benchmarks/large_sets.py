@@ -37,6 +37,7 @@ def each_of(n_classes):
 
 TASKS = {
     **{each_of(C): lambda C=C: (evaluate_embeddings, sample(50_000, C, 64), {}) for C in (10, 100, 1000)},
+    "`verification`, 10,000 x 64, 10 classes, all pairs": lambda: (verification, sample(10_000, 10, 64), {}),
     "`verification`, 100,000 x 64, 500 classes, a sample": lambda: (verification, sample(100_000, 500, 64), {}),
     "`few_shot_accuracy`, 100-way 5-shot, 4,000 x 2,048, 100 episodes": lambda: (
         few_shot_accuracy,
